@@ -1,0 +1,116 @@
+"""``ilmconvert convert``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.core import ParameterSource
+from ilmconvert_cli.opening import open_model, sample_inputs
+from ilmconvert_cli.options import CONVERSION_FIELDS, conversion_options, json_option, model_options
+
+from ilmconvert.errors import PlanError, UsageError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ilmconvert import Conversion, Plan, Report
+
+
+@click.command()
+@model_options
+@click.option("--output", "-o", type=click.Path(path_type=Path), metavar="DIR", help="Folder to save the result in.")
+@conversion_options
+@click.option("--plan", "plan_file", type=click.Path(path_type=Path), metavar="FILE", help="Carry out this plan.")
+@click.option("--dry-run", is_flag=True, help="Print what would be done (with --json, the plan); write nothing.")
+@click.option("--force", is_flag=True, help="Replace a conversion saved in DIR before.")
+@json_option
+@click.pass_context
+def convert(
+    context: click.Context,
+    /,
+    model: str,
+    pretrained: bool,
+    checkpoint: Path | None,
+    model_args: tuple[tuple[str, Any], ...],
+    input_size: tuple[int, ...] | None,
+    output: Path | None,
+    plan_file: Path | None,
+    dry_run: bool,
+    force: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Convert MODEL's norms to ILM-Norm and save the result in DIR.
+
+    Group, Layer, Instance and RMS norms convert with identical outputs. Batch Norm cannot; the summary says what that
+    means. A saved folder as MODEL is converted anew from its original norms.
+    """
+    from ilmconvert_cli.render.progress import progress_bar
+
+    import ilmconvert
+    from ilmconvert.checkpoint.folder import check_target, is_saved
+    from ilmconvert.sources import is_factory
+
+    if output is None and not dry_run:
+        raise click.UsageError("Missing option '--output' / '-o' (or ask for a --dry-run).")
+    if output is not None and not dry_run:
+        check_target(output, force=force)  # before any work is done
+    plan = None if plan_file is None else _read_plan(plan_file, context)
+    opened = open_model(model, pretrained=pretrained, checkpoint=checkpoint, model_args=model_args, original=True)
+    report = _plan(opened, plan, input_size, options)
+    if dry_run or output is None:
+        _print_dry_run(report, as_json)
+        return
+    with progress_bar(quiet=as_json) as progress:
+        conversion = ilmconvert.apply_plan(opened, report.plan, progress=progress)
+    factory = model if is_factory(model) and not is_saved(model) else None
+    conversion.save(output, factory=factory, model_args=dict(model_args), force=force)
+    _print_result(conversion, output, as_json)
+
+
+def _read_plan(file: Path, context: click.Context) -> Plan:
+    """The plan in a file; it already holds the answers that the conversion options would give."""
+    import ilmconvert
+
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name in CONVERSION_FIELDS
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    ]
+    if given:
+        raise UsageError(f"expected --plan alone, got {', '.join(given)} too; the plan already decides that: edit it")
+    try:
+        return ilmconvert.Plan.from_json(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, PlanError) as error:
+        raise UsageError(f"the plan {str(file)!r} cannot be read: {error}") from error
+
+
+def _plan(model: nn.Module, plan: Plan | None, input_size: tuple[int, ...] | None, options: dict[str, Any]) -> Report:
+    import ilmconvert
+
+    if plan is not None:
+        return ilmconvert.Report(plan, sum(p.numel() for p in model.parameters()))
+    return ilmconvert.inspect(model, example_inputs=sample_inputs(model, input_size), **options)
+
+
+def _print_dry_run(report: Report, as_json: bool) -> None:
+    from ilmconvert_cli.render.report import print_sites, print_summary
+
+    if as_json:
+        click.echo(report.plan.to_json(), nl=False)
+        return
+    print_sites(report)
+    print_summary(report, would=True)
+
+
+def _print_result(conversion: Conversion, output: Path, as_json: bool) -> None:
+    from ilmconvert_cli.render.report import print_saved, print_summary
+
+    if as_json:
+        click.echo(json.dumps({"output": str(output), **conversion.report.to_dict()}, indent=1))
+        return
+    print_summary(conversion.report)
+    print_saved(output)

@@ -1,0 +1,38 @@
+"""``ilmconvert verify``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+from ilmconvert_cli.opening import sample_inputs
+from ilmconvert_cli.options import input_size_option, json_option
+
+
+@click.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@input_size_option
+@click.option("--tolerance", type=float, default=1e-5, show_default=True, help="Relative output difference allowed.")
+@json_option
+@click.pass_context
+def verify(
+    context: click.Context, /, folder: Path, input_size: tuple[int, ...] | None, tolerance: float, as_json: bool
+) -> None:
+    """Compare the converted model in DIR with its original norms put back.
+
+    Outputs, shapes, training at the given batch size and with one sample, modes, and whether every ILM layer runs. Ends
+    with 1 if a check fails.
+    """
+    from ilmconvert_cli.render.verification import print_verification
+
+    import ilmconvert
+
+    conversion = ilmconvert.load_conversion(folder)
+    inputs = sample_inputs(conversion.model, input_size)
+    result = ilmconvert.verify(conversion.revert(), conversion.model, inputs, tolerance=tolerance)
+    if as_json:
+        click.echo(json.dumps(result.to_dict(), indent=1))
+    else:
+        print_verification(result)
+    context.exit(0 if result.passed else 1)

@@ -1,0 +1,65 @@
+"""The ``ilmconvert`` command and its one error boundary."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+from ilmconvert_cli.commands.convert import convert
+from ilmconvert_cli.commands.inspect import inspect
+from ilmconvert_cli.commands.verify import verify
+
+__all__ = ["cli", "main"]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="ilmconvert", prog_name="ilmconvert")
+def cli() -> None:
+    """Swap the normalization layers of a PyTorch model for ILM-Norm.
+
+    MODEL is a timm name (resnet50, vit_tiny_patch16_224, hf-hub:...), a folder saved by ilmconvert, or
+    package.module:factory.
+    """
+
+
+for command in (inspect, convert, verify):
+    cli.add_command(command)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 2 for a wrong request, 1 for any other failure."""
+    try:
+        result = cli.main(args=None if argv is None else list(argv), prog_name="ilmconvert", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except click.exceptions.Abort:
+        click.echo("Aborted.", err=True)
+        return 1
+    except Exception as error:  # the boundary: one clear line instead of a traceback
+        return _failed(error)
+
+
+def _failed(error: Exception) -> int:
+    from ilmconvert.errors import IlmconvertError
+
+    if os.environ.get("ILMCONVERT_DEBUG"):
+        raise error
+    if isinstance(error, IlmconvertError):
+        click.echo(f"Error: {error}", err=True)
+        return error.exit_code
+    if isinstance(error, OSError):
+        click.echo(f"Error: {error}", err=True)
+        return 1
+    text = " ".join(str(error).split())
+    click.echo(
+        f"Error: unexpected {type(error).__name__}: {text}\nThis is a defect; ILMCONVERT_DEBUG=1 shows where.", err=True
+    )
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""Tables and summary of a report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ilmconvert_cli.render.console import stdout
+from rich.markup import escape
+from rich.table import Table
+
+from ilmconvert.report import describe_target
+
+if TYPE_CHECKING:
+    from ilmconvert.plan import Decision
+    from ilmconvert.report import Report
+
+__all__ = ["print_saved", "print_sites", "print_summary"]
+
+
+def print_sites(report: Report) -> None:
+    """One row for each norm, in execution order."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("path", "norm", "shape", "input", "becomes"):
+        table.add_column(title, overflow="fold", no_wrap=title in ("shape", "input"))
+    for decision in report.plan.decisions:
+        table.add_row(*(escape(cell) for cell in _row(decision)))
+    stdout().print(table)
+
+
+def _row(decision: Decision) -> tuple[str, ...]:
+    site = decision.site
+    aliases = f" (= {', '.join(site.paths[1:])})" if len(site.paths) > 1 else ""
+    shapes = " ".join("x".join(map(str, shape)) for shape in site.input_shapes) or "?"
+    channels = "x".join(map(str, site.spec.shape)) if site.spec else "-"
+    if decision.action == "skip":
+        outcome = f"skipped: {decision.reason}"
+    else:
+        outcome = "; ".join((describe_target(decision), *decision.notes))
+    return f"{site.path or '(the model)'}{aliases}", site.class_name, channels, shapes, outcome
+
+
+def print_summary(report: Report, *, would: bool = False) -> None:
+    """What becomes of the norms, what it costs, and what to be careful of."""
+    out = stdout()
+    verb = "would be converted" if would else "converted"
+    out.print(
+        f"\n[bold]{escape(report.plan.model)}[/]: {len(report.converted)} norms {verb}, {len(report.skipped)} skipped"
+    )
+    for norm, target, count in report.conversions():
+        out.print(f"  [green]{count} x {escape(norm)} -> {escape(target)}[/]")
+    for norm, reason, count in report.skips():
+        out.print(f"  [yellow]skipped {count} x {escape(norm)}: {escape(reason)}[/]")
+    adjusted = [d for d in report.converted if d.notes]
+    if adjusted:
+        out.print(f"  {len(adjusted)} adjusted, such as {escape(adjusted[0].path)}: {escape(adjusted[0].notes[0])}")
+    pieces = len(report.plan.untraced)
+    if pieces:
+        out.print(f"  {pieces} modules could not be traced by torch.fx; their norms were found piece by piece")
+    out.print(f"  parameters added: {report.added_parameters:,} ({report.added_percent:.2f} %)")
+    if report.exact and report.converted:
+        out.print("  the converted model starts with the original's outputs")
+    for warning in report.warnings:
+        out.print(f"[bold yellow]warning:[/] {escape(warning)}")
+
+
+def print_saved(folder: Path) -> None:
+    """Where the result is and what to do with it."""
+    out = stdout()
+    out.print(f"\nsaved to {escape(str(folder))}")
+    out.print(f"  check it: ilmconvert verify {escape(str(folder))}")
+    out.print(f'  use it:   model = ilmconvert.load("{escape(str(folder))}")', markup=False)

@@ -1,0 +1,68 @@
+"""Swap the normalization layers of any PyTorch model for ILM-Norm without losing the pretrained weights.
+
+>>> import ilmconvert, timm
+>>> conversion = ilmconvert.convert(timm.create_model("test_vit"))
+>>> conversion.report.exact
+True
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ilmconvert import checkpoint, errors, nn, norms
+    from ilmconvert.checkpoint import load, load_conversion
+    from ilmconvert.conversion import Conversion, apply_plan, convert, inspect
+    from ilmconvert.options import ConvertOptions
+    from ilmconvert.plan import Plan
+    from ilmconvert.report import Report
+    from ilmconvert.verification import verify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Conversion",
+    "ConvertOptions",
+    "Plan",
+    "Report",
+    "apply_plan",
+    "checkpoint",
+    "convert",
+    "errors",
+    "inspect",
+    "load",
+    "load_conversion",
+    "nn",
+    "norms",
+    "verify",
+]
+
+_HOME = {
+    "Conversion": "conversion",
+    "ConvertOptions": "options",
+    "Plan": "plan",
+    "Report": "report",
+    "apply_plan": "conversion",
+    "convert": "conversion",
+    "inspect": "conversion",
+    "load": "checkpoint",
+    "load_conversion": "checkpoint",
+    "verify": "verification",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that ``import ilmconvert`` costs nothing."""
+    if name in _HOME:
+        value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
+    if name in __all__:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,267 @@
+"""A saved conversion: a folder of plain files, without pickle.
+
+===============================  =====================================================================
+``model.safetensors``            the converted model's weights
+``original_norms.safetensors``   the norms that were replaced, for :meth:`Conversion.revert`
+``config.json``                  timm's own model config (architecture, num_classes, pretrained_cfg,
+                                 model_args), or the factory; and what wrote it, under ``ilmconvert``
+``plan.json``                    every decision; loading replays it
+``README.md``                    a short model card with the report
+===============================  =====================================================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, load_model, save_file, save_model
+from torch import Tensor, nn
+
+from ilmconvert.checkpoint.card import model_card
+from ilmconvert.checkpoint.weights import check_keys
+from ilmconvert.errors import CheckpointError, OutputExistsError, PlanError
+from ilmconvert.plan import Plan
+from ilmconvert.rewrite import rewrite
+from ilmconvert.sources import Source, build
+
+if TYPE_CHECKING:
+    from ilmconvert.conversion import Conversion
+
+__all__ = ["FORMAT_VERSION", "check_target", "is_saved", "load", "load_conversion", "save", "write_beside"]
+
+FORMAT_VERSION = 1
+WEIGHTS, NORMS, CONFIG, PLAN, CARD = (
+    "model.safetensors",
+    "original_norms.safetensors",
+    "config.json",
+    "plan.json",
+    "README.md",
+)
+
+
+def is_saved(path: str | Path) -> bool:
+    """Whether ``path`` is a folder that :func:`save` wrote."""
+    return (Path(path) / PLAN).is_file() and (Path(path) / CONFIG).is_file()
+
+
+def save(
+    conversion: Conversion,
+    path: str | Path,
+    *,
+    factory: str | None = None,
+    model_args: dict[str, Any] | None = None,
+    force: bool = False,
+) -> Path:
+    """Save a conversion as a folder, all of it or nothing.
+
+    Args:
+        conversion: what to save.
+        path: the folder to write.
+        factory: ``package.module:factory`` that builds the original of a model that is not timm's. Without it, loading
+            needs the rebuilt original.
+        model_args: keyword arguments (in JSON types) that the factory needs.
+        force: replace a conversion saved there before.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OutputExistsError: the folder exists, and either ``force`` is False or it is no saved conversion.
+
+    Warns:
+        UserWarning: a timm model that was changed after it was built, so that its name does not rebuild it.
+    """
+    source = Source("factory", factory, model_args or {}) if factory else _trusted(conversion)
+    with write_beside(path, force=force) as folder:
+        save_model(conversion.model, str(folder / WEIGHTS), metadata={"format": "pt"})
+        save_file(_norm_tensors(conversion.originals), str(folder / NORMS), metadata={"format": "pt"})
+        (folder / PLAN).write_text(conversion.plan.to_json(), encoding="utf-8")
+        (folder / CONFIG).write_text(json.dumps(_config(conversion, source), indent=1) + "\n", encoding="utf-8")
+        (folder / CARD).write_text(model_card(conversion, source), encoding="utf-8")
+    return Path(path)
+
+
+def load(path: str | Path, *, model: nn.Module | None = None) -> nn.Module:
+    """The converted model of a saved folder, in evaluation mode, weights in.
+
+    Args:
+        path: the folder.
+        model: the rebuilt original, where the folder does not tell how to build it. It is left as it is.
+
+    Raises:
+        CheckpointError: not a saved conversion, a damaged one, or weights that do not fit.
+        PlanError: ``model`` is not what the plan was made for.
+    """
+    return load_conversion(path, model=model).model
+
+
+def load_conversion(path: str | Path, *, model: nn.Module | None = None) -> Conversion:
+    """As :func:`load`, with the plan, the report and the original norms: it can be reverted and saved again."""
+    from ilmconvert.conversion import Conversion
+    from ilmconvert.report import Report
+
+    folder = Path(path)
+    if not is_saved(folder):
+        raise CheckpointError(f"expected a folder saved by ilmconvert (with {CONFIG} and {PLAN}) at {str(folder)!r}")
+    plan = _read_plan(folder)
+    config = _read_json(folder / CONFIG)
+    original = _rebuild(folder, config) if model is None else model
+    converted, originals = rewrite(original, plan)
+    _load_strictly(converted, folder / WEIGHTS)
+    _restore_norms(originals, folder / NORMS)
+    report = Report(plan, sum(p.numel() for p in original.parameters()))
+    return Conversion(converted.eval(), report, originals, _source(config))
+
+
+def check_target(path: str | Path, *, force: bool) -> Path:
+    """The folder to write, if it may be written.
+
+    Raises:
+        OutputExistsError: it exists, and either ``force`` is False or it is no saved conversion.
+    """
+    target = Path(path)
+    if target.exists() and not force:
+        raise OutputExistsError(f"expected a new folder, but {str(target)!r} exists; choose another or give --force")
+    if target.exists() and not is_saved(target) and (target.is_file() or any(target.iterdir())):
+        raise OutputExistsError(
+            f"expected {str(target)!r} to be a conversion saved before, the only thing --force replaces; it is "
+            "something else: choose another folder"
+        )
+    return target
+
+
+@contextlib.contextmanager
+def write_beside(path: str | Path, *, force: bool) -> Iterator[Path]:
+    """A new folder beside ``path`` that takes its place when the block ends well, and vanishes otherwise.
+
+    Raises:
+        OutputExistsError: ``path`` exists and may not be replaced.
+    """
+    target = check_target(path, force=force)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield beside
+        beside.chmod(0o777 & ~_umask())
+        for file in beside.iterdir():
+            file.chmod(0o666 & ~_umask())
+        if target.exists():
+            shutil.rmtree(target)
+        beside.replace(target)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _trusted(conversion: Conversion) -> Source | None:
+    """The model's own source, if it does rebuild the same weights."""
+    if conversion.source is not None and conversion.source.kind == "factory":
+        return conversion.source
+    source = Source.of(conversion.model)  # as it is now: its head may have been reset since
+    if source is None:
+        return None
+    try:
+        with torch.device("meta"):
+            rebuilt, _ = rewrite(build(source.name, model_args=source.model_args), conversion.plan)
+        check_keys(rebuilt.state_dict(), conversion.model.state_dict(), source.name)
+    except (CheckpointError, PlanError) as error:
+        warnings.warn(
+            f"{source.name} does not rebuild this model, so load() will need model=...: {error}", stacklevel=3
+        )
+        return None
+    return source
+
+
+def _config(conversion: Conversion, source: Source | None) -> dict[str, Any]:
+    from ilmconvert import __version__
+
+    ours = {"format_version": FORMAT_VERSION, "version": __version__, "model": conversion.plan.model}
+    if source is None:
+        return {"ilmconvert": ours}
+    if source.kind == "factory":
+        return {"ilmconvert": {**ours, "factory": source.name, "model_args": source.model_args}}
+    from timm.models._hub import save_config_for_hf
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / CONFIG
+        save_config_for_hf(conversion.model, str(file))
+        return {**_read_json(file), "ilmconvert": ours}
+
+
+def _source(config: dict[str, Any]) -> Source | None:
+    ours = config.get("ilmconvert", {})
+    if factory := ours.get("factory"):
+        return Source("factory", factory, ours.get("model_args", {}))
+    if architecture := config.get("architecture"):
+        return Source("timm", architecture, config.get("model_args", {}))
+    return None
+
+
+def _rebuild(folder: Path, config: dict[str, Any]) -> nn.Module:
+    source = _source(config)
+    if source is None:
+        raise CheckpointError(
+            f"the folder {str(folder)!r} does not tell how to build its {config.get('ilmconvert', {}).get('model')}; "
+            "rebuild the original and load with ilmconvert.load(folder, model=original)"
+        )
+    if source.kind == "factory":
+        return build(source.name, model_args=source.model_args)
+    return build(f"local-dir:{folder}")
+
+
+def _read_plan(folder: Path) -> Plan:
+    try:
+        return Plan.from_json((folder / PLAN).read_text(encoding="utf-8"))
+    except (PlanError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"the plan in {str(folder / PLAN)!r} cannot be read: {error}") from error
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"expected JSON in {str(file)!r}, but: {error}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"expected a JSON object in {str(file)!r}, got {type(data).__name__}")
+    return data
+
+
+def _load_strictly(model: nn.Module, file: Path) -> None:
+    try:
+        load_model(model, str(file))
+    except Exception as error:
+        raise CheckpointError(
+            f"the weights in {str(file)!r} do not load: {' '.join(str(error).split())[:400]}"
+        ) from error
+
+
+def _norm_tensors(originals: dict[str, nn.Module]) -> dict[str, Tensor]:
+    return {
+        f"{path}.{name}".lstrip("."): tensor.detach().contiguous().clone()
+        for path, norm in originals.items()
+        for name, tensor in norm.state_dict().items()
+    }
+
+
+def _restore_norms(originals: dict[str, nn.Module], file: Path) -> None:
+    try:
+        tensors = load_file(str(file))
+    except Exception as error:
+        raise CheckpointError(f"the original norms in {str(file)!r} cannot be read: {error}") from error
+    check_keys(_norm_tensors(originals), tensors, str(file))
+    for path, norm in originals.items():
+        norm.load_state_dict({name: tensors[f"{path}.{name}".lstrip(".")] for name in norm.state_dict()})

@@ -1,0 +1,75 @@
+"""Read weights into a model: safetensors, or torch files without executing anything in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ilmconvert.errors import CheckpointError
+
+__all__ = ["check_keys", "load_weights", "read_state_dict"]
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """The state dict in a checkpoint file.
+
+    timm reads it: safetensors by suffix, otherwise ``torch.load(weights_only=True)``; ``state_dict``, ``model`` and
+    EMA entries are found, the prefixes of DataParallel and torch.compile are removed.
+
+    Raises:
+        CheckpointError: no such file, an unreadable one, or one that holds no tensors by name.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise CheckpointError(f"expected a checkpoint file at {str(file)!r}, found none")
+    from timm.models import load_state_dict
+
+    try:
+        state: Any = load_state_dict(str(file), weights_only=True)
+    except Exception as error:
+        raise CheckpointError(
+            f"expected a safetensors file or a torch file of plain tensors at {str(file)!r}, but reading it failed: "
+            f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        ) from error
+    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise CheckpointError(f"expected tensors by name in {str(file)!r}, got something else")
+    return state
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Load a checkpoint file into ``model``, strictly.
+
+    Raises:
+        CheckpointError: unreadable, or keys or shapes that do not fit, named.
+    """
+    state = read_state_dict(path)
+    check_keys(model.state_dict(), state, str(path))
+    model.load_state_dict(state)
+
+
+def check_keys(wanted: dict[str, Tensor], given: dict[str, Tensor], where: str) -> None:
+    """Raise unless both have the same names and shapes.
+
+    Raises:
+        CheckpointError: naming what is missing, unexpected or of another shape.
+    """
+    problems = []
+    for title, names in (
+        ("missing", [k for k in wanted if k not in given]),
+        ("unexpected", [k for k in given if k not in wanted]),
+        (
+            "of another shape",
+            [
+                f"{k} {tuple(v.shape)} instead of {tuple(wanted[k].shape)}"
+                for k, v in given.items()
+                if k in wanted and v.shape != wanted[k].shape
+            ],
+        ),
+    ):
+        if names:
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            problems.append(f"{title}: {', '.join(names[:4])}{more}")
+    if problems:
+        raise CheckpointError(f"the weights in {where!r} do not fit the model; {'; '.join(problems)}")

@@ -1,0 +1,182 @@
+"""The facade: inspect a model, convert it, and what one can do with the result."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import fx, nn
+
+from ilmconvert.errors import ModelError
+from ilmconvert.graph import find_sites
+from ilmconvert.graph.inputs import example_inputs as resolve_inputs
+from ilmconvert.graph.inputs import first_tensor
+from ilmconvert.graph.shadow import copy_model
+from ilmconvert.graph.tracer import TraceError, trace
+from ilmconvert.options import ConvertOptions
+from ilmconvert.plan import Plan, make_plan
+from ilmconvert.report import Report
+from ilmconvert.rewrite import get_module, replace_modules_, rewrite
+from ilmconvert.sources import Source
+
+__all__ = ["Conversion", "Progress", "apply_plan", "convert", "inspect"]
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A converted model and everything needed to explain, save and undo it.
+
+    Attributes:
+        model: the converted model: same class as the original, ready to fine-tune.
+        report: the account of every norm.
+        originals: the norms that were replaced, by canonical path.
+        source: how the original can be built again; None if that is not known.
+    """
+
+    model: nn.Module
+    report: Report
+    originals: dict[str, nn.Module]
+    source: Source | None = None
+
+    @property
+    def plan(self) -> Plan:
+        """The decisions that were carried out."""
+        return self.report.plan
+
+    def graph_module(self) -> fx.GraphModule:
+        """A torch.fx GraphModule of (a copy of) the converted model, each ILM layer one node.
+
+        Raises:
+            ModelError: torch.fx cannot follow the model as a whole.
+        """
+        model = copy_model(self.model)
+        try:
+            return fx.GraphModule(model, trace(model), type(model).__name__)
+        except TraceError as error:
+            raise ModelError(
+                f"expected a model that torch.fx can trace as a whole, but {type(model).__name__} stops it: {error}. "
+                "The converted model itself is not affected"
+            ) from error
+
+    def revert(self) -> nn.Module:
+        """A copy of the model with the original norms back; everything else keeps its present weights.
+
+        Straight after :func:`convert`, its state dict is that of the original, bit for bit.
+        """
+        model = copy_model(self.model)
+        replacements: dict[str, nn.Module] = {}
+        for decision in self.plan.converted:
+            norm = copy.deepcopy(self.originals[decision.path])
+            layer = get_module(model, decision.path)
+            norm.train(layer.training)
+            like = first_tensor(layer)
+            norm.to(device=None if like is None else like.device)
+            replacements.update(dict.fromkeys(decision.site.paths, norm))
+        return replace_modules_(model, replacements)
+
+    def save(
+        self,
+        path: str | Path,
+        *,
+        factory: str | None = None,
+        model_args: dict[str, Any] | None = None,
+        force: bool = False,
+    ) -> Path:
+        """Save as a folder; see :func:`ilmconvert.checkpoint.save`."""
+        from ilmconvert.checkpoint import save
+
+        return save(self, path, factory=factory, model_args=model_args, force=force)
+
+
+def inspect(
+    model: nn.Module, options: ConvertOptions | None = None, *, example_inputs: Any = None, **fields: Any
+) -> Report:
+    """What :func:`convert` would do; nothing is changed or built.
+
+    Args:
+        model: any module.
+        options: how to convert, or its fields as keywords.
+        example_inputs: what to call the model with: a tensor, a tuple, or a dict of keyword arguments.
+
+    Returns:
+        The report that a conversion would have.
+
+    Raises:
+        UsageError: contradictory options, or a filter that matches nothing.
+        ModelError: a lazy model, or one that cannot be copied.
+
+    Example:
+        >>> import ilmconvert, torch
+        >>> report = ilmconvert.inspect(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), torch.nn.BatchNorm2d(8)))
+        >>> [(d.path, d.norm, d.action) for d in report.plan.decisions]
+        [('1', 'BatchNorm2d', 'convert')]
+    """
+    wanted = ConvertOptions.of(options, fields)
+    search = find_sites(model, resolve_inputs(model, example_inputs))
+    plan = make_plan(search, wanted, type(model).__name__)
+    return Report(plan, sum(p.numel() for p in model.parameters()))
+
+
+def convert(
+    model: nn.Module,
+    options: ConvertOptions | None = None,
+    *,
+    example_inputs: Any = None,
+    progress: Progress | None = None,
+    **fields: Any,
+) -> Conversion:
+    """Replace the norms of a copy of ``model`` by ILM layers.
+
+    Group, Layer, Instance and RMS norms convert with the output unchanged. Batch Norm cannot (its statistics are not
+    the instance's): the report says so.
+
+    Args:
+        model: any module; it is left as it is.
+        options: how to convert, or its fields as keywords (``bn_to="group"``, ``exclude="head.*"``, ...).
+        example_inputs: what to call the model with: a tensor, a tuple, or a dict of keyword arguments. timm models
+            declare their own. It is only looked at on fake tensors, for shapes.
+        progress: called with (what, done, total).
+
+    Raises:
+        UsageError: contradictory options, or a filter that matches nothing.
+        ModelError: a lazy model, or one that cannot be copied.
+
+    Example:
+        >>> import ilmconvert, torch
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 32, 3), torch.nn.GroupNorm(4, 32), torch.nn.ReLU())
+        >>> conversion = ilmconvert.convert(model)
+        >>> x = torch.randn(2, 3, 8, 8)
+        >>> torch.allclose(conversion.model(x), model(x), atol=1e-5)
+        True
+        >>> len(conversion.report.converted), conversion.report.skipped
+        (1, ())
+    """
+    report = inspect(model, options, example_inputs=example_inputs, **fields)
+    return _carry_out(model, report, progress)
+
+
+def apply_plan(model: nn.Module, plan: Plan, *, progress: Progress | None = None) -> Conversion:
+    """Carry out a plan made earlier, edited or not, on the model it was made for or one built alike.
+
+    Raises:
+        PlanError: the plan does not fit the model.
+    """
+    return _carry_out(model, Report(plan, sum(p.numel() for p in model.parameters())), progress)
+
+
+def _carry_out(model: nn.Module, report: Report, progress: Progress | None) -> Conversion:
+    done, total = 0, len(report.converted)
+
+    def step(decision: object) -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress("converting", done, total)
+
+    converted, originals = rewrite(model, report.plan, on_site=step)
+    return Conversion(converted, report, originals, Source.of(model))

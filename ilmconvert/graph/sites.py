@@ -1,0 +1,172 @@
+"""Where the norms are: every norm module by an independent walk, and what the graph and a run know of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ilmconvert.graph.explore import Exploration
+from ilmconvert.graph.inputs import Inputs
+from ilmconvert.graph.run import Run, record_run
+from ilmconvert.graph.shadow import refuse_lazy, shadow
+from ilmconvert.norms import Entry, NormSpec, Refusal, class_name, find
+
+__all__ = ["Site", "SiteSearch", "find_sites", "norm_paths"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One norm of a model.
+
+    Attributes:
+        paths: all qualified names of the module; the first is the canonical one, the others are aliases of a tied
+            norm. A functional norm has the path of the call: owner and node.
+        norm: qualified name of the class, or of the function.
+        family: batch, group, layer, instance or rms; None where the norm cannot be converted.
+        spec: what it computes; None where the norm cannot be converted.
+        refusal: why it cannot be converted.
+        parameters: how many parameters the norm itself has (its activation's not counted).
+        training: the module's own flag.
+        found: ``graph``, ``graph (other mode)``, ``inside PATH`` (a traced piece), ``run`` or ``walk``.
+        calls: how often one forward pass runs it; None if unknown.
+        input_shapes: the input's shape in each of these calls, where an input size was known.
+    """
+
+    paths: tuple[str, ...]
+    norm: str
+    family: str | None = None
+    spec: NormSpec | None = None
+    refusal: Refusal | None = None
+    parameters: int = 0
+    training: bool = False
+    found: str = "walk"
+    calls: int | None = None
+    input_shapes: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def path(self) -> str:
+        """The canonical qualified name."""
+        return self.paths[0]
+
+    @property
+    def class_name(self) -> str:
+        """The class's short name."""
+        return self.norm.rsplit(".", 1)[-1]
+
+
+@dataclass(frozen=True)
+class SiteSearch:
+    """The sites of a model in execution order, and how the search went.
+
+    Attributes:
+        sites: every norm.
+        untraced: module path to the reason why torch.fx could not follow it; ``""`` is the whole model.
+        run_error: why the model could not be run on fake tensors; None if it could, or no input size was known.
+        shapes_known: whether a run recorded input shapes.
+    """
+
+    sites: tuple[Site, ...]
+    untraced: dict[str, str] = field(default_factory=dict)
+    run_error: str | None = None
+    shapes_known: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether the model traced in one piece."""
+        return "" not in self.untraced
+
+
+def find_sites(model: nn.Module, inputs: Inputs | None = None) -> SiteSearch:
+    """Find every norm of ``model``, which is left as it is.
+
+    Args:
+        model: any module, in any mode.
+        inputs: what to call it with; gives shapes and call counts.
+
+    Raises:
+        ModelError: a lazy module, or a model that cannot be copied.
+    """
+    refuse_lazy(model)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    copy = shadow(model, mode)
+    norms = norm_paths(copy)
+    exploration = Exploration(copy, set(norms)).explore()
+    run = Run() if inputs is None else record_run(copy, inputs, mode, set(norms))
+    order = {module: i for i, module in enumerate([*run.shapes, *exploration.found, *norms])}
+    ordered = sorted(norms, key=lambda module: min(order[module], len(order)))
+    sites = [_site(module, norms[module], exploration, run) for module in ordered]
+    return SiteSearch(
+        sites=(*sites, *functional_sites(exploration)),
+        untraced=exploration.untraced,
+        run_error=run.error,
+        shapes_known=inputs is not None and run.error is None,
+    )
+
+
+def norm_paths(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
+    """Every module that is a norm, or calls itself one, with all its qualified names.
+
+    Norms inside a norm's own module (a fused activation holds none) belong to it.
+    """
+    paths: dict[nn.Module, list[str]] = {}
+    inside: set[nn.Module] = set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if module in paths:
+            paths[module].append(name)
+        elif module not in inside and find(module) is not None:
+            paths[module] = [name]
+            inside.update(m for m in module.modules() if m is not module)
+    return {module: tuple(names) for module, names in paths.items()}
+
+
+def _site(module: nn.Module, paths: tuple[str, ...], exploration: Exploration, run: Run) -> Site:
+    found = find(module)
+    entry = found if isinstance(found, Entry) else None
+    shapes = run.shapes.get(module, ())
+    calls: int | None = exploration.calls.get(module)
+    if run.completed:
+        calls = len(shapes)
+    return Site(
+        paths=paths,
+        norm=class_name(type(module)),
+        family=entry.handler.family if entry else None,
+        spec=entry.handler.describe(module) if entry else None,
+        refusal=found if isinstance(found, Refusal) else None,
+        parameters=sum(p.numel() for p in module.parameters(recurse=False)),
+        training=module.training,
+        found=exploration.found.get(module) or ("run" if shapes else "walk"),
+        calls=calls,
+        input_shapes=tuple(dict.fromkeys(shapes)),
+    )
+
+
+def functional_sites(exploration: Exploration) -> Iterator[Site]:
+    """Norms that are a call and no module: reported, and refused with what they are."""
+    for owner, node, function in exploration.functional:
+        yield Site(
+            paths=(f"{owner}:{node.name}" if owner else node.name,),
+            norm=function,
+            refusal=_weight_standardization(node) or _FUNCTIONAL,
+            found="graph",
+            calls=1,
+        )
+
+
+_FUNCTIONAL = Refusal("functional", "the norm is a function call, not a module")
+
+
+def _weight_standardization(node: fx.Node) -> Refusal | None:
+    """A norm whose input is computed from parameters alone standardizes a weight."""
+    seen, stack = set(), [node.args[0] if node.args else node.kwargs.get("input")]
+    while stack:
+        source = stack.pop()
+        if not isinstance(source, fx.Node) or source in seen:
+            continue
+        if source.op in ("placeholder", "call_module"):
+            return None
+        seen.add(source)
+        stack.extend(source.all_input_nodes)
+    return Refusal("weight-standardization", "it standardizes a convolution's weight, not an activation")

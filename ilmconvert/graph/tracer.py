@@ -1,0 +1,74 @@
+"""A torch.fx tracer that stops at every norm, and at what timm declares untraceable."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ilmconvert.norms import find
+
+__all__ = ["FUNCTIONAL_NORMS", "NormTracer", "TraceError", "concrete_defaults", "trace"]
+
+FUNCTIONAL_NORMS: dict[Callable[..., Any], str] = {
+    getattr(module, name): f"{prefix}.{name}"
+    for module, prefix in ((torch, "torch"), (torch.nn.functional, "torch.nn.functional"))
+    for name in ("batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm")
+}
+
+
+class TraceError(Exception):
+    """torch.fx could not follow a module's forward; the message says why."""
+
+
+class NormTracer(fx.Tracer):
+    """Trace a model, keeping each norm module whole.
+
+    Leaves are torch.nn's own modules, every class known to :func:`ilmconvert.norms.find`, ILM layers, and the modules
+    that timm registers as not traceable; timm's autowrapped functions stay calls.
+    """
+
+    def __init__(self) -> None:
+        modules, functions = _timm_leaves()
+        super().__init__(autowrap_modules=(math,), autowrap_functions=functions, param_shapes_constant=True)
+        self._leaf_types = modules
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether ``m`` stays one node."""
+        from ilmconvert.nn import ILMNorm
+
+        if isinstance(m, (ILMNorm, *self._leaf_types)) or find(m) is not None:
+            return True
+        return super().is_leaf_module(m, module_qualified_name)
+
+
+def trace(module: nn.Module) -> fx.Graph:
+    """Trace ``module`` as root; parameters with defaults keep them.
+
+    Raises:
+        TraceError: its forward cannot be followed symbolically.
+    """
+    try:
+        return NormTracer().trace(module, concrete_args=concrete_defaults(module))
+    except Exception as error:  # forward code may raise anything when it meets a proxy
+        message = " ".join(str(error).split()) or type(error).__name__
+        raise TraceError(message[:300]) from error
+
+
+def concrete_defaults(module: nn.Module) -> dict[str, Any]:
+    """The forward parameters that have a default, with it: ``mask=None`` must not be traced as a given mask."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+def _timm_leaves() -> tuple[tuple[type, ...], tuple[Callable[..., Any], ...]]:
+    if "timm.layers" not in sys.modules:  # then the model holds nothing of timm's
+        return (), ()
+    from timm.layers import get_notrace_functions, get_notrace_modules
+
+    return tuple(get_notrace_modules()), tuple(f for f in get_notrace_functions() if callable(f))

@@ -1,0 +1,185 @@
+"""ILM-Norm's arithmetic on one canonical view of any input.
+
+Every supported norm sees its input as ``(A, C, S)``: ``C`` channels, ``S`` values per channel, ``A`` outer positions.
+
+========  =====================  ======================  ===============================================
+layout    input                  canonical view          one instance (what is standardized together)
+========  =====================  ======================  ===============================================
+sample    ``(N, C, *)``          ``(N, C, prod(*))``     a sample: a group's channels at every position
+position  ``(N, C, *)``          ``(N, C, prod(*))``     one position of a sample: its ``C`` values
+token     ``(*, C, *inner)``     ``(prod(*), C, inner)`` one leading index: all trailing dimensions
+========  =====================  ======================  ===============================================
+
+With ``G`` norm groups and ``K`` key groups, both cut along ``C`` over the same support::
+
+    x^ = (x - mean_G) / sqrt(var_G + eps)                         stage 1
+    scale = weight + scale_gain * (D_scale(var_K) - 1/2)          stage 2
+    shift = bias   + shift_gain * D_shift(mean_K)
+    y = scale * x^ + shift
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["Layout", "Standardization", "canonical", "group_moments", "ilm_norm", "predict", "rescaling", "standardize"]
+
+Layout = Literal["sample", "position", "token"]
+
+
+@dataclass(frozen=True)
+class Standardization:
+    """Stage 1 as plain data: which values are standardized together, and how.
+
+    Attributes:
+        layout: where the channels are and what one instance is, see the module docstring.
+        center: subtract the mean (Root Mean Square norms do not).
+        scale_by: divide by the standard deviation (``"var"``) or by the root mean square (``"rms"``).
+        unbiased: the variance divides by n - 1 (mode ``paper``, timm's SimpleNorm).
+        eps: added to the variance; None means the input dtype's machine epsilon, as in ``torch.nn.RMSNorm``.
+        unbatched_ndim: inputs of this rank lack the batch dimension (``torch.nn.InstanceNorm*`` take those).
+        promotes: the output takes the common dtype of input and weight (norms written out as tensor arithmetic),
+            not the input's (torch's native norms).
+    """
+
+    layout: Layout = "sample"
+    center: bool = True
+    scale_by: Literal["var", "rms"] = "var"
+    unbiased: bool = False
+    eps: float | None = 1e-5
+    unbatched_ndim: int | None = None
+    promotes: bool = False
+
+    @property
+    def reduced(self) -> tuple[int, ...]:
+        """The dimensions of ``(A, groups, C / groups, S)`` that one group's statistics run over."""
+        return (2,) if self.layout == "position" else (2, 3)
+
+    def output_dtype(self, x: Tensor, weight: Tensor | None) -> torch.dtype:
+        """The dtype the plain norm would return for ``x`` here, autocast included."""
+        if self.promotes:
+            return x.dtype if weight is None else torch.promote_types(x.dtype, weight.dtype)
+        if torch.is_autocast_enabled(x.device.type) and self.layout != "sample":
+            return F.layer_norm(x.new_empty(1), (1,)).dtype
+        if torch.is_autocast_enabled(x.device.type):
+            return F.group_norm(x.new_empty(1, 1, 2), 1).dtype
+        return x.dtype
+
+
+def canonical(x: Tensor, layout: Layout, shape: tuple[int, ...]) -> Tensor:
+    """View ``x`` as ``(A, C, S)``; no copy for contiguous and channels_last inputs.
+
+    Raises:
+        ValueError: the input does not have the channels that the layer was made for.
+    """
+    at = x.ndim - len(shape) if layout == "token" else 1
+    if x.ndim <= at or at < 0 or tuple(x.shape[at : at + len(shape)]) != shape:
+        where = "in its last dimensions" if layout == "token" else "in dimension 1"
+        raise ValueError(f"ILMNorm expected an input with {shape} {where} (layout {layout!r}), got {tuple(x.shape)}")
+    outer = math.prod(x.shape[:at])
+    return x.reshape(outer, shape[0], math.prod(x.shape[at + 1 :]))
+
+
+def _grouped(x: Tensor, groups: int) -> Tensor:
+    """``(A, C, S)`` as ``(A, groups, C / groups, S)``."""
+    return x.reshape(x.shape[0], groups, -1, x.shape[2])
+
+
+def group_moments(x: Tensor, groups: int, how: Standardization) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each group of the canonical ``(A, C, S)``: two tensors ``(A, groups, 1, 1 or S)``.
+
+    A group of a single value has variance 0 whatever ``how.unbiased`` says: never NaN.
+    """
+    grouped = _grouped(x, groups)
+    count = math.prod(grouped.shape[d] for d in how.reduced)
+    var, mean = torch.var_mean(grouped, how.reduced, correction=int(how.unbiased and count > 1), keepdim=True)
+    return mean, var
+
+
+def standardize(x: Tensor, groups: int, how: Standardization) -> Tensor:
+    """Stage 1 on the canonical ``(A, C, S)``; the result has the same shape and strides."""
+    grouped = _grouped(x, groups)
+    eps = torch.finfo(x.dtype).eps if how.eps is None else how.eps
+    if how.scale_by == "rms":
+        mean, power = None, grouped.square().mean(how.reduced, keepdim=True)
+    else:
+        mean, power = group_moments(x, groups, how)
+    if how.center and mean is not None:
+        grouped = grouped - mean
+    return (grouped * torch.rsqrt(power + eps)).flatten(1, 2)
+
+
+def predict(
+    means: Tensor, variances: Tensor, encoder: Tensor, scale_decoder: Tensor, shift_decoder: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``D_scale - 1/2`` and ``D_shift`` for key features ``(..., K)``, computed in their dtype."""
+    encoder, scale_decoder, shift_decoder = (w.to(means.dtype) for w in (encoder, scale_decoder, shift_decoder))
+    scale = F.linear(F.relu(F.linear(variances, encoder)), scale_decoder)
+    shift = F.linear(F.relu(F.linear(means, encoder)), shift_decoder)
+    return torch.tanh(scale / 2) / 2, torch.tanh(shift)
+
+
+def rescaling(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    meta: Sequence[Tensor],
+    gains: Sequence[Tensor] | None,
+    num_key_groups: int,
+    how: Standardization,
+) -> tuple[Tensor, Tensor]:
+    """Scale and shift of stage 2 for the canonical ``x``: ``(A, C, 1 or S)`` each."""
+    channels = x.shape[1]
+
+    def per_element(parameter: Tensor) -> Tensor:
+        return parameter.to(x.dtype).reshape(1, channels, -1)
+
+    def spread(prediction: Tensor, which: int) -> Tensor:
+        channelwise = prediction.mT.repeat_interleave(channels // num_key_groups, dim=1)
+        return channelwise if gains is None else channelwise * per_element(gains[which])
+
+    mean, var = group_moments(x, num_key_groups, how)
+    d_scale, d_shift = predict(mean.squeeze(2).mT, var.squeeze(2).mT, *meta)
+    scale = spread(d_scale, 0) + (1.0 if weight is None else per_element(weight))
+    shift = spread(d_shift, 1)
+    return scale, shift if bias is None else shift + per_element(bias)
+
+
+def ilm_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    meta: Sequence[Tensor],
+    gains: Sequence[Tensor] | None,
+    shape: tuple[int, ...],
+    num_groups: int,
+    num_key_groups: int,
+    how: Standardization,
+) -> Tensor:
+    """ILM-Norm of ``x`` in its own layout.
+
+    Args:
+        x: the input, see the module docstring.
+        weight, bias: of ``shape``, or None for a constant 1 and 0.
+        meta: the predictor's encoder ``(e, K)`` and its scale and shift decoders ``(K, e)``.
+        gains: factors of ``shape`` on the predicted scale and shift, or None for 1.
+        shape: the channels, or the whole ``normalized_shape``.
+        num_groups: ``G`` of stage 1.
+        num_key_groups: ``K``.
+        how: stage 1.
+    """
+    if x.ndim == how.unbatched_ndim:
+        batched = ilm_norm(x.unsqueeze(0), weight, bias, meta, gains, shape, num_groups, num_key_groups, how)
+        return batched.squeeze(0)
+    dtype = how.output_dtype(x, weight)
+    with torch.autocast(x.device.type, enabled=False):
+        flat = canonical(x.to(torch.promote_types(x.dtype, torch.float32)), how.layout, shape)
+        scale, shift = rescaling(flat, weight, bias, meta, gains, num_key_groups, how)
+        return (standardize(flat, num_groups, how) * scale + shift).to(dtype).reshape(x.shape)

@@ -1,0 +1,83 @@
+r"""Batch Norm and the norms that, like it, apply fixed statistics when they infer.
+
+In evaluation, Batch Norm is an affine map that does not look at the instance::
+
+    y_c = a_c (x_c - mu_c) + beta_c,        a_c = gamma_c / sqrt(var_c + eps)
+
+An instance-level norm standardizes by the instance's own group mean ``mu_g`` and deviation ``sigma_g`` instead, so::
+
+    y_c = a_c sigma_g x^_c + a_c (mu_g - mu_c) + beta_c
+
+No constant scale and shift can reproduce that, since ``sigma_g`` and ``mu_g`` vary. :meth:`Batch.affine` puts in what
+the running statistics say they are on average, by the law of total variance over the group's channels::
+
+    mu_g = mean_c mu_c        sigma_g^2 = mean_c var_c + var_c(mu_c)
+
+A fresh norm (mean 0, variance 1) thus starts from its own gamma and beta.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ilmconvert.nn.functional import Standardization
+from ilmconvert.norms.registry import NormHandler, register
+from ilmconvert.norms.spec import NormSpec
+
+_SPATIAL = {"BatchNorm2d": 2, "BatchNormAct2d": 2, "FrozenBatchNorm2d": 2, "FrozenBatchNormAct2d": 2, "BatchNorm3d": 3}
+
+
+@register(
+    "torch.nn.modules.batchnorm.BatchNorm1d",
+    "torch.nn.modules.batchnorm.BatchNorm2d",
+    "torch.nn.modules.batchnorm.BatchNorm3d",
+    "torch.nn.modules.batchnorm.SyncBatchNorm",
+    "torchvision.ops.misc.FrozenBatchNorm2d",
+)
+class Batch(NormHandler):
+    """``nn.BatchNorm*``, synchronized and frozen ones."""
+
+    family = "batch"
+
+    def describe(self, module: nn.Module) -> NormSpec:
+        """The grouping is left open: it is the user's choice."""
+        weight = getattr(module, "weight", None)
+        running_mean = getattr(module, "running_mean", None)
+        known = next((t for t in (weight, running_mean) if t is not None), None)
+        return NormSpec(
+            shape=(int(module.num_features) if known is None else known.numel(),),  # type: ignore[arg-type]
+            num_groups=None,
+            standardization=Standardization(eps=module.eps),  # type: ignore[arg-type]
+            spatial_ndim=next((n for c in type(module).__mro__ if (n := _SPATIAL.get(c.__name__))), None),
+            preserves=False,
+        )
+
+    def affine(self, module: nn.Module, num_groups: int) -> tuple[Tensor | None, Tensor | None]:
+        """Scale and shift that are right on average over the data the running statistics come from."""
+        mean, var = getattr(module, "running_mean", None), getattr(module, "running_var", None)
+        gamma, beta = getattr(module, "weight", None), getattr(module, "bias", None)
+        if mean is None or var is None:
+            return gamma, beta
+        mean, var = mean.detach().double(), var.detach().double()
+        a = (1.0 if gamma is None else gamma.detach().double()) * torch.rsqrt(var + module.eps)
+        within, centers = var.view(num_groups, -1), mean.view(num_groups, -1)
+        sigma = (within.mean(1) + centers.var(1, correction=0) + module.eps).sqrt()
+        size = len(mean) // num_groups
+        scale = a * sigma.repeat_interleave(size)
+        shift = a * (centers.mean(1).repeat_interleave(size) - mean) + (0.0 if beta is None else beta.detach().double())
+        return scale, shift
+
+
+@register(
+    "timm.layers.norm_act.BatchNormAct2d",
+    "timm.layers.norm_act.SyncBatchNormAct",
+    "timm.layers.norm_act.FrozenBatchNormAct2d",
+)
+class BatchAct(Batch):
+    """timm's Batch Norm with dropout and activation."""
+
+    def describe(self, module: nn.Module) -> NormSpec:
+        """As :class:`Batch`, with the activation where there is one (a converted SyncBatchNorm may lack it)."""
+        spec = super().describe(module)
+        return spec.with_act() if hasattr(module, "act") and hasattr(module, "drop") else spec

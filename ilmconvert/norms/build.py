@@ -1,0 +1,94 @@
+"""Build the ILM layer that takes a norm's place, carrying over everything the norm brought along."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ilmconvert.nn import ILMNorm, ILMNormAct
+from ilmconvert.nn.ilm_norm import Mode
+from ilmconvert.norms.registry import NormHandler
+
+__all__ = ["Target", "build_ilm"]
+
+_HOOKS = (
+    "_backward_pre_hooks",
+    "_backward_hooks",
+    "_is_full_backward_hook",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """The choices that a plan makes for one norm; the rest follows from the norm itself."""
+
+    num_groups: int
+    num_key_groups: int
+    hidden_features: int
+    mode: Mode = "preserve"
+    gains: bool = False
+
+
+def build_ilm(module: nn.Module, handler: NormHandler, target: Target, *, like: Tensor | None = None) -> ILMNorm:
+    """Return an ILM layer that starts as ``module``: its scale and shift, eps, device, dtype, flags and hooks.
+
+    Args:
+        module: the norm; it is read, never changed. Its ``drop`` and ``act`` submodules are shared with the result.
+        handler: the registered handler of the norm's class.
+        target: grouping, mode and gains.
+        like: gives device and dtype where the norm has no floating-point tensor of its own.
+    """
+    spec = handler.describe(module)
+    own = next((t for t in (*module.parameters(False), *module.buffers(False)) if t.is_floating_point()), like)
+    how = spec.standardization
+    if target.mode == "paper" and how.scale_by == "var":
+        how = replace(how, unbiased=True)
+    layer = (ILMNormAct if spec.has_act else ILMNorm)(
+        spec.shape,
+        target.num_groups,
+        standardization=how,
+        num_key_groups=target.num_key_groups,
+        hidden_features=target.hidden_features,
+        mode=target.mode,
+        weight=spec.weight,
+        bias=spec.bias,
+        gains=target.gains,
+        device=None if own is None else own.device,
+        dtype=None if own is None else own.dtype,
+    )
+    _copy_affine(module, layer, handler)
+    _copy_flags(module, layer)
+    if spec.has_act:
+        layer.drop, layer.act = module.drop, module.act
+    for name in _HOOKS:
+        if name in vars(module):
+            setattr(layer, name, getattr(module, name))
+    return layer
+
+
+@torch.no_grad()
+def _copy_affine(module: nn.Module, layer: ILMNorm, handler: NormHandler) -> None:
+    weight, bias = handler.affine(module, layer.num_groups)
+    for parameter, source in ((layer.weight, weight), (layer.bias, bias)):
+        if parameter is not None and source is not None:
+            parameter.copy_(source.reshape(parameter.shape))
+    if layer.mode == "paper" and layer.weight is not None and weight is not None:
+        layer.weight.add_(0.5)  # the paper's B_omega takes the norm's scale; weight = B_omega + 1/2
+
+
+def _copy_flags(module: nn.Module, layer: ILMNorm) -> None:
+    """What was frozen stays frozen: the new parameters train if any of the norm's did, or if it had none."""
+    sources = [t for name in ("weight", "bias") if (t := getattr(module, name, None)) is not None]
+    trains = any(t.requires_grad for t in sources) if sources else True
+    for name, parameter in layer.named_parameters():
+        source = getattr(module, name, None)
+        parameter.requires_grad_(trains if source is None else source.requires_grad)
+    for part in layer.modules():
+        part.training = module.training

@@ -1,0 +1,66 @@
+"""Layer Norm: a token's channels, or several trailing dimensions (Ba, Kiros and Hinton, 2016).
+
+The 2d forms take ``(N, C, H, W)`` and normalize each position over its channels.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ilmconvert.nn.functional import Layout, Standardization
+from ilmconvert.norms.registry import NormHandler, register
+from ilmconvert.norms.spec import NormSpec
+
+_TIMM, _FUSED, _META = "timm.layers.norm", "timm.layers.norm_act", "timm.models.metaformer"
+
+
+@register(
+    "torch.nn.modules.normalization.LayerNorm",
+    f"{_TIMM}.LayerNorm",
+    f"{_TIMM}.LayerNormFp32",
+    f"{_META}.LayerNormNoBias",
+)
+class Layer(NormHandler):
+    """``nn.LayerNorm`` over the last or several trailing dimensions."""
+
+    family = "layer"
+    layout: Layout = "token"
+
+    def describe(self, module: nn.Module) -> NormSpec:
+        """Read the module's own normalized_shape and eps."""
+        return NormSpec(
+            shape=tuple(module.normalized_shape),  # type: ignore[arg-type]
+            num_groups=1,
+            standardization=Standardization(layout=self.layout, eps=module.eps),  # type: ignore[arg-type]
+            weight=module.weight is not None,
+            bias=module.bias is not None,
+        )
+
+
+@register(f"{_FUSED}.LayerNormAct", f"{_FUSED}.LayerNormActFp32")
+class LayerAct(Layer):
+    """timm's Layer Norm with dropout and activation."""
+
+    def describe(self, module: nn.Module) -> NormSpec:
+        """As :class:`Layer`, with the activation."""
+        return super().describe(module).with_act()
+
+
+@register(
+    f"{_TIMM}.LayerNorm2d",
+    f"{_TIMM}.LayerNorm2dFp32",
+    f"{_TIMM}.LayerNormExp2d",
+    f"{_META}.LayerNorm2dNoBias",
+    "torchvision.models.convnext.LayerNorm2d",
+)
+class Layer2d(Layer):
+    """Layer Norm over the channels of each position of ``(N, C, H, W)``."""
+
+    layout: Layout = "position"
+
+
+@register(f"{_FUSED}.LayerNormAct2d", f"{_FUSED}.LayerNormAct2dFp32")
+class LayerAct2d(LayerAct):
+    """timm's 2d Layer Norm with dropout and activation."""
+
+    layout: Layout = "position"

@@ -1,0 +1,164 @@
+"""The one table of norm classes that tracer, planner, docs and contract tests read.
+
+A class is registered by its qualified name, so that no library is imported to recognise its layers. A module belongs
+to the registered class that comes first in its method resolution order, and only if it runs that class's ``forward``:
+a subclass that overrides it computes something else, and is refused rather than guessed at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar, TypeVar
+
+from torch import Tensor, nn
+
+from ilmconvert.errors import UsageError
+from ilmconvert.norms.spec import NormSpec
+
+__all__ = ["Entry", "NormHandler", "Refusal", "class_name", "entries", "find", "register"]
+
+
+class NormHandler:
+    """How one family of norms is described and what its scale and shift are.
+
+    Subclass it, set :attr:`family`, implement :meth:`describe` and decorate with :func:`register`.
+    """
+
+    family: ClassVar[str] = ""
+
+    def describe(self, module: nn.Module) -> NormSpec:
+        """Return what ``module`` computes."""
+        raise NotImplementedError
+
+    def affine(self, module: nn.Module, num_groups: int) -> tuple[Tensor | None, Tensor | None]:
+        """Scale and shift of the ILM layer when its predictor is silent; None for absent ones.
+
+        Args:
+            module: the norm.
+            num_groups: the groups that stage 1 of the new layer will use.
+        """
+        return getattr(module, "weight", None), getattr(module, "bias", None)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One registered class: its qualified name and its handler."""
+
+    name: str
+    handler: NormHandler
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a module that looks like a norm is not converted."""
+
+    code: str
+    reason: str
+
+
+Handler = TypeVar("Handler", bound=type[NormHandler])
+
+_TABLE: dict[str, Entry | Refusal] = {}
+_NEVER_NORMS = ("Weight", "Spectral")  # parametrizations of weights, not of activations
+
+
+def class_name(cls: type) -> str:
+    """The name a class is registered under.
+
+    Example:
+        >>> class_name(nn.GroupNorm)
+        'torch.nn.modules.normalization.GroupNorm'
+    """
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def register(*classes: type | str) -> Callable[[Handler], Handler]:
+    """Class decorator: let a :class:`NormHandler` convert ``classes`` (types, or qualified names).
+
+    Raises:
+        UsageError: a class is registered already.
+
+    Example:
+        >>> import torch
+        >>> class MyNorm(torch.nn.Module):
+        ...     def __init__(self, channels):
+        ...         super().__init__()
+        ...         self.weight = torch.nn.Parameter(torch.ones(channels))
+        ...     def forward(self, x):
+        ...         return torch.nn.functional.layer_norm(x, x.shape[-1:], self.weight, None, 1e-5)
+        >>> @register(MyNorm)
+        ... class MyHandler(NormHandler):
+        ...     family = "layer"
+        ...     def describe(self, module):
+        ...         return NormSpec(tuple(module.weight.shape), 1, Standardization(layout="token"), bias=False)
+        >>> from ilmconvert.nn import Standardization
+        >>> isinstance(find(MyNorm(8)), Entry)
+        True
+    """
+
+    def decorate(handler: Handler) -> Handler:
+        for cls in classes:
+            _add(cls if isinstance(cls, str) else class_name(cls), handler())
+        return handler
+
+    return decorate
+
+
+def refuse(names: tuple[str, ...], code: str, reason: str) -> None:
+    """Register classes that are norms but have no ILM equivalent."""
+    for name in names:
+        _add(name, Refusal(code, reason))
+
+
+def _add(name: str, value: NormHandler | Refusal) -> None:
+    if name in _TABLE:
+        raise UsageError(f"expected an unregistered norm class, got {name}, which is registered already")
+    _TABLE[name] = value if isinstance(value, Refusal) else Entry(name, value)
+
+
+def entries() -> Iterator[tuple[str, Entry | Refusal]]:
+    """All registered classes, in order of registration."""
+    yield from _TABLE.items()
+
+
+def find(module: nn.Module) -> Entry | Refusal | None:
+    """The entry that converts ``module``, a refusal with its reason, or None if it is no norm.
+
+    Example:
+        >>> find(nn.GroupNorm(2, 4)).handler.family
+        'group'
+        >>> find(nn.Linear(2, 2)) is None
+        True
+    """
+    for cls in type(module).__mro__:
+        found = _TABLE.get(class_name(cls))
+        if isinstance(found, Entry):
+            return _accept(module, cls, found)
+        if found is not None:
+            return found
+    return _suspect(module)
+
+
+def _accept(module: nn.Module, cls: type, entry: Entry) -> Entry | Refusal:
+    if type(module).forward is not cls.forward or "forward" in vars(module):  # type: ignore[attr-defined]
+        return Refusal(
+            "custom-forward",
+            f"{type(module).__name__} overrides the forward of {cls.__name__}, so what it computes is not known; "
+            "register the class with ilmconvert.norms.register to convert it",
+        )
+    if hasattr(module, "parametrizations"):
+        return Refusal("parametrized", "its weight or bias is parametrized (torch.nn.utils.parametrize)")
+    return entry
+
+
+def _suspect(module: nn.Module) -> Refusal | None:
+    """A class of unknown origin that calls itself a norm and holds no other norm is reported, not passed over."""
+    name = type(module).__name__
+    looks = "norm" in name.lower() and not name.startswith(_NEVER_NORMS)
+    if not looks or any(True for _ in module.children()):
+        return None
+    return Refusal(
+        "unknown-norm",
+        f"{class_name(type(module))} is not a known norm class; ilmconvert.norms.register makes it one",
+    )

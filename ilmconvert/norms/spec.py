@@ -1,0 +1,42 @@
+"""What a norm module computes, as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from ilmconvert.nn.functional import Standardization
+
+__all__ = ["NormSpec"]
+
+
+@dataclass(frozen=True)
+class NormSpec:
+    """A norm's function without its tensors; it pickles, prints and goes into a plan.
+
+    Attributes:
+        shape: the channels ``(C,)``, or the whole ``normalized_shape``.
+        num_groups: groups of stage 1; None where the norm uses batch statistics and the grouping is a choice.
+        standardization: stage 1 of the ILM layer that takes the norm's place.
+        weight, bias: whether the norm has a scale and a shift.
+        spatial_ndim: spatial dimensions of the input the class takes, where the class fixes them.
+        has_act: followed by dropout and activation inside the module (``drop`` and ``act``).
+        preserves: the ILM layer can start with exactly the norm's output. False for batch statistics.
+    """
+
+    shape: tuple[int, ...]
+    num_groups: int | None
+    standardization: Standardization = field(default_factory=Standardization)
+    weight: bool = True
+    bias: bool = True
+    spatial_ndim: int | None = None
+    has_act: bool = False
+    preserves: bool = True
+
+    @property
+    def num_channels(self) -> int:
+        """``C``."""
+        return self.shape[0]
+
+    def with_act(self) -> NormSpec:
+        """The same norm, with dropout and activation behind it."""
+        return replace(self, has_act=True)

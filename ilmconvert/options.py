@@ -1,0 +1,94 @@
+"""What the user may choose, checked once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+from ilmconvert.errors import UsageError
+from ilmconvert.nn.grouping import KEY_GROUP_SIZE, REDUCTION
+from ilmconvert.nn.ilm_norm import Mode
+
+__all__ = ["FAMILIES", "BatchTarget", "ConvertOptions"]
+
+BatchTarget = Literal["layer", "group", "instance"]
+FAMILIES = ("batch", "group", "instance", "layer", "rms")
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """How to convert; the defaults are what calibration recovers best.
+
+    Attributes:
+        bn_to: the grouping that replaces batch statistics: one group per sample (``layer``), ``group``, or one group
+            per channel (``instance``).
+        num_groups: groups for ``bn_to="group"``; 32 if neither this nor ``group_size`` is given.
+        group_size: channels per group for ``bn_to="group"``, instead of ``num_groups``.
+        key_group_size: channels per key group of the predictor (paper: 16).
+        reduction: key groups per unit of the predictor's embedding (paper: 16).
+        mode: ``preserve`` starts from the model's function, ``paper`` from the authors' initialisation and formula.
+        gains: learn factors on the predictions (an extension of the paper).
+        include: convert only sites whose path matches one of these shell patterns.
+        exclude: leave sites whose path matches one of these shell patterns.
+        norms: convert only these families (batch, group, instance, layer, rms) or class names.
+        skip_norms: leave these families or class names.
+
+    Raises:
+        UsageError: a value out of range, or options that contradict each other.
+
+    Example:
+        >>> ConvertOptions(bn_to="group", group_size=16).bn_to
+        'group'
+    """
+
+    bn_to: BatchTarget = "layer"
+    num_groups: int | None = None
+    group_size: int | None = None
+    key_group_size: int = KEY_GROUP_SIZE
+    reduction: int = REDUCTION
+    mode: Mode = "preserve"
+    gains: bool = False
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    norms: tuple[str, ...] = ()
+    skip_norms: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("include", "exclude", "norms", "skip_norms"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+        _one_of("bn_to", self.bn_to, get_args(BatchTarget))
+        _one_of("mode", self.mode, get_args(Mode))
+        for name in ("num_groups", "group_size", "key_group_size", "reduction"):
+            _positive(name, getattr(self, name))
+        if self.num_groups and self.group_size:
+            raise UsageError("expected num_groups or group_size, got both; give one of them")
+        if self.bn_to != "group" and (self.num_groups or self.group_size):
+            raise UsageError(
+                f"num_groups and group_size choose the groups for bn_to='group', but bn_to is {self.bn_to!r}; "
+                "set bn_to='group' (--bn-to group) or leave them out"
+            )
+
+    @classmethod
+    def of(cls, options: ConvertOptions | None, fields_: dict[str, Any]) -> ConvertOptions:
+        """An options value from one, or from keyword fields.
+
+        Raises:
+            UsageError: both are given, or a keyword is not an option.
+        """
+        known = [f.name for f in fields(cls)]
+        if wrong := sorted(set(fields_) - set(known)):
+            raise UsageError(f"expected options among {', '.join(known)}; got {', '.join(wrong)}")
+        if options is not None and fields_:
+            raise UsageError("expected options or keyword fields, got both; put the fields into the ConvertOptions")
+        return options if options is not None else cls(**fields_)
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UsageError(f"expected {name} to be one of {', '.join(allowed)}; got {value!r}")
+
+
+def _positive(name: str, value: object) -> None:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise UsageError(f"expected {name} to be a positive integer, got {value!r}")

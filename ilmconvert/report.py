@@ -1,0 +1,113 @@
+"""What a conversion did, or would do, in words and numbers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from ilmconvert.plan import Decision, Plan
+
+__all__ = ["Report"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """The account of every norm of a model.
+
+    Attributes:
+        plan: the decisions.
+        parameters: parameters of the original model.
+    """
+
+    plan: Plan
+    parameters: int
+
+    @property
+    def converted(self) -> tuple[Decision, ...]:
+        """The norms that became ILM layers."""
+        return self.plan.converted
+
+    @property
+    def skipped(self) -> tuple[Decision, ...]:
+        """The norms that stay, each with its reason."""
+        return self.plan.skipped
+
+    @property
+    def added_parameters(self) -> int:
+        """Parameters that the conversion adds."""
+        return sum(d.added_parameters for d in self.converted)
+
+    @property
+    def added_percent(self) -> float:
+        """The same, in percent of the original model's parameters."""
+        return 100 * self.added_parameters / max(self.parameters, 1)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the converted model starts with the original's outputs."""
+        return all(d.preserves for d in self.converted)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the user must know before relying on the converted model."""
+        changed = [d for d in self.converted if not d.preserves]
+        if not changed:
+            return self.plan.notes
+        if self.plan.options.mode == "paper":
+            first = f"{len(changed)} layers start from the paper's initialisation: the model must be trained"
+        else:
+            first = (
+                f"the model's function has changed: {len(changed)} norms used batch statistics, which no "
+                "instance-level norm can reproduce; expect the accuracy to be lost until the model is trained"
+            )
+        return (first, *self.plan.notes)
+
+    def conversions(self) -> list[tuple[str, str, int]]:
+        """(from, to, count) of the converted norms, in order of appearance."""
+        return [(*key, n) for key, n in Counter((d.norm, describe_target(d)) for d in self.converted).items()]
+
+    def skips(self) -> list[tuple[str, str, int]]:
+        """(norm, reason, count) of the skipped norms, in order of appearance."""
+        return [(*key, n) for key, n in Counter((d.norm, d.reason or "") for d in self.skipped).items()]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The summary as plain data."""
+        return {
+            "model": self.plan.model,
+            "converted": len(self.converted),
+            "skipped": [{"path": d.path, "norm": d.norm, "code": d.code, "reason": d.reason} for d in self.skipped],
+            "exact": self.exact,
+            "parameters": self.parameters,
+            "added_parameters": self.added_parameters,
+            "added_percent": round(self.added_percent, 4),
+            "adjusted": {d.path: list(d.notes) for d in self.converted if d.notes},
+            "untraced": self.plan.untraced,
+            "warnings": list(self.warnings),
+        }
+
+    def __str__(self) -> str:
+        lines = [f"{self.plan.model}: {len(self.converted)} norms converted, {len(self.skipped)} skipped"]
+        lines += [f"  {n} x {norm} -> {target}" for norm, target, n in self.conversions()]
+        lines += [f"  skipped {n} x {norm}: {reason}" for norm, reason, n in self.skips()]
+        lines += [f"  parameters added: {self.added_parameters:,} ({self.added_percent:.2f} %)"]
+        return "\n".join([*lines, *(f"  warning: {w}" for w in self.warnings)])
+
+
+def describe_target(decision: Decision) -> str:
+    """A short name for what a norm becomes.
+
+    Example: ``ILM layer (1 group)``, ``ILM group (32 groups)``, ``ILM instance``, ``ILM rms``.
+    """
+    target, spec = decision.target, decision.site.spec
+    if target is None or spec is None:
+        return "-"
+    if decision.site.family == "rms":
+        return "ILM rms"
+    if spec.standardization.layout == "token":
+        return "ILM layer (per token)"
+    if spec.standardization.layout == "position":
+        return "ILM layer (per position)"
+    if target.num_groups == spec.num_channels:
+        return "ILM instance"
+    return "ILM layer (1 group)" if target.num_groups == 1 else f"ILM group ({target.num_groups} groups)"

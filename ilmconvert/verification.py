@@ -1,0 +1,212 @@
+"""Compare an original with its conversion: outputs, shapes, gradients, modes, and whether every new layer runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from ilmconvert.errors import IlmconvertError, UsageError
+from ilmconvert.graph import Inputs, example_inputs
+from ilmconvert.graph.shadow import copy_model
+from ilmconvert.graph.sites import norm_paths
+from ilmconvert.nn import ILMNorm
+from ilmconvert.norms import Entry, find
+
+__all__ = ["Check", "Verification", "relative_difference", "verify"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One question and its answer.
+
+    Attributes:
+        name: what was asked.
+        passed: whether the answer is good; None where it is only told.
+        detail: the figures.
+    """
+
+    name: str
+    passed: bool | None
+    detail: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """All checks of one comparison.
+
+    Attributes:
+        checks: in the order they were made.
+        relative_difference: largest output difference in evaluation mode, relative to the largest output.
+    """
+
+    checks: tuple[Check, ...]
+    relative_difference: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether no check failed."""
+        return all(check.passed is not False for check in self.checks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return {"passed": self.passed, **asdict(self)}
+
+
+def verify(
+    original: nn.Module, converted: nn.Module, example_inputs: Any = None, *, tolerance: float = 1e-5
+) -> Verification:
+    """Compare ``converted`` with ``original``; both are left as they are.
+
+    Outputs must agree within ``tolerance`` unless a norm with batch statistics was replaced; then the difference is
+    told. Gradients are those of the mean of squares of all outputs, in training mode.
+
+    Args:
+        original, converted: the two models.
+        example_inputs: a tensor, a tuple or a dict; timm models declare their own size.
+        tolerance: largest difference allowed, relative to the largest output.
+
+    Raises:
+        UsageError: no inputs are known.
+
+    Example:
+        >>> import ilmconvert, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.LayerNorm(32), torch.nn.Linear(32, 4))
+        >>> ilmconvert.verify(model, ilmconvert.convert(model).model, torch.randn(3, 8)).passed
+        True
+    """
+    inputs = _inputs(original, example_inputs)
+    checks = [_modes(original, converted), _norms_left(converted)]
+    exact = not _replaced_batch_norms(original, converted)
+    before = _outputs(copy_model(original).eval(), inputs, "the original")
+    probe = copy_model(converted).eval()
+    silent = _silent_layers(original, probe, inputs)
+    after = _outputs(probe, inputs, "the converted model")
+    checks += [_shapes(before, after), silent]
+    difference = relative_difference(before, after)
+    passed = difference <= tolerance if exact else None
+    wanted = f"at most {tolerance:g} asked" if exact else "batch statistics were replaced: equality is not expected"
+    checks.append(Check("outputs", passed, f"relative difference {difference:.2e} ({wanted})"))
+    checks += [_training(copy_model(converted), inputs, batch) for batch in ("as given", "one sample")]
+    return Verification(tuple(checks), difference)
+
+
+def relative_difference(a: list[Tensor], b: list[Tensor]) -> float:
+    """Largest absolute difference over the largest absolute value of ``a``, the worst of all pairs; inf for NaN.
+
+    Example:
+        >>> relative_difference([torch.tensor([1.0, -4.0])], [torch.tensor([1.0, -3.0])])
+        0.25
+    """
+    worst = 0.0
+    for x, y in zip(a, b, strict=False):
+        if x.shape != y.shape or not (torch.isfinite(x).all() and torch.isfinite(y).all()):
+            return float("inf")
+        if x.numel():
+            x, y = x.double(), y.double()
+            worst = max(worst, ((x - y).abs().max() / x.abs().max().clamp_min(1e-30)).item())
+    return worst
+
+
+def _inputs(model: nn.Module, given: Any) -> Inputs:
+    inputs = example_inputs(model, given)
+    if inputs is None:
+        raise UsageError(
+            f"expected example_inputs for {type(model).__name__}, which declares no input size; give a tensor "
+            "(--input-size 3,224,224 on the command line)"
+        )
+    return inputs
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, inputs: Inputs, who: str) -> list[Tensor]:
+    try:
+        return _tensors(inputs(model))
+    except Exception as error:
+        raise IlmconvertError(f"{who} cannot be run: {type(error).__name__}: {error}") from error
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [v for v in tree_flatten(output)[0] if isinstance(v, Tensor)]
+
+
+def _modes(original: nn.Module, converted: nn.Module) -> Check:
+    flags = dict(_flags(converted))
+    changed = [name for name, flag in _flags(original) if flags.get(name, flag) != flag]
+    return Check("training flags", not changed, ", ".join(changed[:5]) or "as in the original")
+
+
+def _flags(model: nn.Module) -> Iterator[tuple[str, bool]]:
+    return ((name, module.training) for name, module in model.named_modules(remove_duplicate=False))
+
+
+def _norms_left(converted: nn.Module) -> Check:
+    left = [paths[0] for paths in norm_paths(converted).values()]
+    layers = sum(isinstance(m, ILMNorm) for m in converted.modules())
+    return Check("norms left", None, f"{layers} ILM layers, {len(left)} other norms{': ' if left else ''}{_some(left)}")
+
+
+def _replaced_batch_norms(original: nn.Module, converted: nn.Module) -> list[str]:
+    """Paths where an inexact conversion took place."""
+    replaced = {name for name, m in converted.named_modules(remove_duplicate=False) if isinstance(m, ILMNorm)}
+    inexact = []
+    for module, paths in norm_paths(original).items():
+        entry = find(module)
+        if paths[0] in replaced and isinstance(entry, Entry) and not entry.handler.describe(module).preserves:
+            inexact.append(paths[0])
+    return inexact
+
+
+def _shapes(before: list[Tensor], after: list[Tensor]) -> Check:
+    a, b = [tuple(t.shape) for t in before], [tuple(t.shape) for t in after]
+    return Check("output shapes", a == b, f"{a}" if a == b else f"{a} before, {b} after")
+
+
+def _silent_layers(original: nn.Module, converted: nn.Module, inputs: Inputs) -> Check:
+    """ILM layers that never run although the norm they replaced does: the model's code goes around them."""
+    layers = {name: m for name, m in converted.named_modules() if isinstance(m, ILMNorm)}
+    before = _called(copy_model(original).eval(), set(layers), inputs)
+    after = _called(converted, set(layers), inputs)
+    bypassed = sorted(before - after)
+    idle = len(layers) - len(after)
+    told = f"{len(after)} of {len(layers)} run" + (f", {idle} idle in evaluation as before" if idle else "")
+    return Check("layers run", not bypassed, f"bypassed: {_some(bypassed)}" if bypassed else told)
+
+
+def _called(model: nn.Module, names: set[str], inputs: Inputs) -> set[str]:
+    called: set[str] = set()
+    handles = [
+        module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
+        for name, module in model.named_modules(remove_duplicate=False)
+        if name in names
+    ]
+    _outputs(model, inputs, "the model")
+    for handle in handles:
+        handle.remove()
+    return called
+
+
+def _training(model: nn.Module, inputs: Inputs, batch: str) -> Check:
+    """Forward and backward in training mode, at the given batch size or with one sample."""
+    name = f"training, {batch}"
+    if batch == "one sample":
+        inputs = inputs.map(lambda t: t[:1])
+    try:
+        loss = sum(t.float().square().mean() for t in _tensors(inputs(model.train())) if t.requires_grad)
+        if isinstance(loss, Tensor):
+            loss.backward()
+    except Exception as error:
+        return Check(name, False, f"{type(error).__name__}: {str(error)[:200]}")
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    bad = [n for n, g in grads.items() if not torch.isfinite(g).all()]
+    return Check(
+        name, not bad, f"gradients of {len(grads)} parameters finite" if not bad else f"not finite: {_some(bad)}"
+    )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
