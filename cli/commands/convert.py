@@ -50,12 +50,12 @@ def convert(
     """
     from ilmconvert_cli.render.progress import progress_bar
 
+    if output is None and not dry_run:
+        raise click.UsageError("Missing option '--output' / '-o' (or ask for a --dry-run).")
     import ilmconvert
     from ilmconvert.checkpoint.folder import check_target, is_saved
     from ilmconvert.sources import is_factory
 
-    if output is None and not dry_run:
-        raise click.UsageError("Missing option '--output' / '-o' (or ask for a --dry-run).")
     if output is not None and not dry_run:
         check_target(output, force=force)  # before any work is done
     plan = None if plan_file is None else _read_plan(plan_file, context)

@@ -95,9 +95,8 @@ def find_sites(model: nn.Module, inputs: Inputs | None = None) -> SiteSearch:
     norms = norm_paths(copy)
     exploration = Exploration(copy, set(norms)).explore()
     run = Run() if inputs is None else record_run(copy, inputs, mode, set(norms))
-    order = {module: i for i, module in enumerate([*run.shapes, *exploration.found, *norms])}
-    ordered = sorted(norms, key=lambda module: min(order[module], len(order)))
-    sites = [_site(module, norms[module], exploration, run) for module in ordered]
+    in_order = dict.fromkeys([*run.shapes, *exploration.found, *norms])  # what ran first, then what was seen first
+    sites = [_site(module, norms[module], exploration, run) for module in in_order]
     return SiteSearch(
         sites=(*sites, *functional_sites(exploration)),
         untraced=exploration.untraced,

@@ -20,7 +20,7 @@ refuse(
     "Filter Response Norm pairs an uncentered norm with a thresholded activation of its own; it needs no batch already",
 )
 refuse(
-    ("timm.layers.grn.GlobalResponseNorm", "torchvision.models.convnext.GRN"),
+    ("timm.layers.grn.GlobalResponseNorm",),
     "not-a-standardization",
     "Global Response Norm contrasts channels with one another; it does not standardize",
 )

@@ -1,0 +1,196 @@
+"""Saving and loading: bit for bit in a new process, all or nothing, and clear refusals."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import ilmconvert
+from ilmconvert.checkpoint.folder import write_beside
+from ilmconvert.errors import CheckpointError, OutputExistsError, PlanError
+from ilmconvert.nn import ILMNorm
+from tests.helpers import randomize_norms, same_state
+from tests.models import Branching, TiedNorm, small_cnn
+
+SCRIPT = """
+import sys, torch, ilmconvert
+torch.set_num_threads(1)
+model = ilmconvert.load(sys.argv[1])
+assert not model.training
+torch.save(model(torch.load(sys.argv[2])), sys.argv[3])
+"""
+
+
+def outputs_in_a_new_process(folder: Path, x: torch.Tensor, tmp_path: Path) -> torch.Tensor:
+    torch.save(x, tmp_path / "x.pt")
+    command = [sys.executable, "-c", SCRIPT, str(folder), str(tmp_path / "x.pt"), str(tmp_path / "y.pt")]
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[2])
+    return torch.load(tmp_path / "y.pt")
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "options"),
+    [
+        ("test_efficientnet", {"num_classes": 7, "in_chans": 1}, {"bn_to": "group", "group_size": 8, "gains": True}),
+        ("test_vit", {"img_size": 96}, {}),
+        ("test_resnet", {}, {"mode": "paper", "exclude": "bn1"}),
+    ],
+)
+def test_equal_bit_for_bit_in_a_new_process(name: str, args: dict, options: dict, tmp_path: Path) -> None:
+    model = randomize_norms(timm.create_model(name, **args))
+    conversion = ilmconvert.convert(model, **options)
+    folder = conversion.save(tmp_path / "saved")
+    x = torch.randn(2, args.get("in_chans", 3), args.get("img_size", 160), args.get("img_size", 160))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    expected = conversion.model.eval()(x)
+    torch.set_num_threads(threads)
+    assert torch.equal(outputs_in_a_new_process(folder, x, tmp_path), expected)
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "original_norms.safetensors",
+        "plan.json",
+    ]
+
+
+def test_config_is_timms_own(tmp_path: Path) -> None:
+    model = timm.create_model("test_resnet", num_classes=5)
+    folder = ilmconvert.convert(model).save(tmp_path / "saved")
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["architecture"], config["num_classes"]) == ("test_resnet", 5)
+    rebuilt = timm.create_model(f"local-dir:{folder}")  # timm reads it by itself
+    assert [tuple(p.shape) for p in rebuilt.parameters()] == [tuple(p.shape) for p in model.parameters()]
+    card = (folder / "README.md").read_text()
+    assert "# test_resnet, converted to ILM-Norm" in card
+    assert str(ilmconvert.convert(model).report) in card
+
+
+def test_head_reset_after_conversion_is_saved(tmp_path: Path) -> None:
+    conversion = ilmconvert.convert(timm.create_model("test_resnet"))
+    conversion.model.reset_classifier(3)
+    loaded = ilmconvert.load(conversion.save(tmp_path / "saved"))
+    assert loaded.num_classes == 3
+    assert same_state(conversion.model, loaded)
+
+
+def test_loaded_conversion_is_complete(tmp_path: Path) -> None:
+    model = randomize_norms(timm.create_model("test_efficientnet"))
+    conversion = ilmconvert.convert(model, bn_to="instance")
+    loaded = ilmconvert.load_conversion(conversion.save(tmp_path / "saved"))
+    assert loaded.plan == conversion.plan
+    assert loaded.report == conversion.report
+    assert same_state(model, loaded.revert())
+    again = ilmconvert.load_conversion(loaded.save(tmp_path / "again"))
+    assert same_state(conversion.model, again.model)
+
+
+def test_factory_and_rebuilt_model(tmp_path: Path) -> None:
+    model = randomize_norms(small_cnn(24))
+    conversion = ilmconvert.convert(model)
+    by_name = conversion.save(tmp_path / "by_name", factory="tests.models:small_cnn", model_args={"channels": 24})
+    assert same_state(conversion.model, ilmconvert.load(by_name))
+    without = conversion.save(tmp_path / "without")
+    assert same_state(conversion.model, ilmconvert.load(without, model=small_cnn(24)))
+    with pytest.raises(CheckpointError, match=r"does not tell how to build its Sequential; .*model=original"):
+        ilmconvert.load(without)
+    with pytest.raises(PlanError, match="the plan is for another model"):
+        ilmconvert.load(without, model=small_cnn(16))
+
+
+@pytest.mark.parametrize("make", [TiedNorm, Branching])
+def test_tied_and_untraceable_models(make: type[nn.Module], tmp_path: Path) -> None:
+    model = randomize_norms(make())
+    conversion = ilmconvert.convert(model)
+    loaded = ilmconvert.load_conversion(conversion.save(tmp_path / "saved"), model=make())
+    assert same_state(conversion.model, loaded.model)
+    assert same_state(model, loaded.revert())
+
+
+def test_model_changed_by_hand_is_saved_with_a_warning(tmp_path: Path) -> None:
+    model = timm.create_model("test_resnet")
+    model.fc = nn.Sequential(nn.Linear(model.num_features, 10), nn.Linear(10, 2))
+    conversion = ilmconvert.convert(model)
+    with pytest.warns(UserWarning, match="test_resnet does not rebuild this model"):
+        folder = conversion.save(tmp_path / "saved")
+    assert same_state(conversion.model, ilmconvert.load(folder, model=model))
+
+
+def test_nothing_is_overwritten_without_force(tmp_path: Path) -> None:
+    conversion = ilmconvert.convert(small_cnn())
+    folder = conversion.save(tmp_path / "saved")
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    with pytest.raises(OutputExistsError, match="exists; choose another or give --force"):
+        conversion.save(folder)
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before
+    assert conversion.save(folder, force=True) == folder
+    other = tmp_path / "precious"
+    other.mkdir()
+    (other / "thesis.txt").write_text("mine")
+    with pytest.raises(OutputExistsError, match="something else"):
+        conversion.save(other, force=True)
+    assert (other / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_failed_write_leaves_nothing_and_spoils_nothing(tmp_path: Path, force: bool) -> None:
+    if force:
+        ilmconvert.convert(small_cnn()).save(tmp_path / "saved")
+    before = sorted(p.name for p in tmp_path.rglob("*"))
+
+    def write() -> None:
+        with write_beside(tmp_path / "saved", force=force) as folder:
+            (folder / "half").write_text("x")
+            raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError, match="disk full"):
+        write()
+    assert sorted(p.name for p in tmp_path.rglob("*")) == before
+
+
+def truncate(folder: Path) -> None:
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+def drop_key(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    state.pop("0.weight")
+    save_file(state, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncate, "the weights in .* do not load"),
+        (drop_key, "do not load: .*0.weight"),
+        (lambda f: (f / "plan.json").write_text("{"), "the plan in .* cannot be read"),
+        (lambda f: (f / "config.json").write_text("[]"), "expected a JSON object"),
+        (lambda f: (f / "config.json").unlink(), "expected a folder saved by ilmconvert"),
+        (lambda f: (f / "original_norms.safetensors").write_bytes(b"no"), "the original norms in .* cannot be read"),
+    ],
+)
+def test_damaged_folders_are_refused(tmp_path: Path, damage: object, message: str) -> None:
+    folder = ilmconvert.convert(small_cnn()).save(tmp_path / "saved", factory="tests.models:small_cnn")
+    damage(folder)
+    with pytest.raises(CheckpointError, match=message):
+        ilmconvert.load(folder)
+
+
+def test_channels_last_and_fine_tuned_weights(tmp_path: Path) -> None:
+    conversion = ilmconvert.convert(small_cnn().to(memory_format=torch.channels_last))
+    with torch.no_grad():
+        for p in conversion.model.parameters():
+            p.add_(torch.randn_like(p))
+    folder = conversion.save(tmp_path / "saved", factory="tests.models:small_cnn")
+    assert same_state(conversion.model, ilmconvert.load(folder))
+    assert any(isinstance(m, ILMNorm) for m in ilmconvert.load(folder).modules())

@@ -1,0 +1,67 @@
+"""Reading checkpoint files: safetensors and torch files, never executing anything."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from ilmconvert.checkpoint import load_weights
+from ilmconvert.errors import CheckpointError
+from tests.helpers import same_state
+
+
+class Evil:
+    def __reduce__(self) -> tuple:
+        return (Path.write_text, (Path("pwned"), "x"))
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "plain", "wrapped", "parallel", "ema"])
+def test_formats(kind: str, tmp_path: Path) -> None:
+    source, model = timm.create_model("test_resnet"), timm.create_model("test_resnet")
+    state = source.state_dict()
+    file = tmp_path / ("weights.safetensors" if kind == "safetensors" else "weights.pth")
+    if kind == "safetensors":
+        save_file(state, file)
+    else:
+        wrapped = {
+            "plain": state,
+            "wrapped": {"state_dict": state, "epoch": 1},
+            "parallel": {f"module.{k}": v for k, v in state.items()},
+            "ema": {"state_dict": model.state_dict(), "state_dict_ema": state},
+        }[kind]
+        torch.save(wrapped, file)
+    assert not same_state(source, model)
+    load_weights(model, file)
+    assert same_state(source, model)
+
+
+def test_no_pickle_is_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("evil.pth").write_bytes(pickle.dumps({"a": Evil()}))
+    with pytest.raises(CheckpointError, match="a torch file of plain tensors"):
+        load_weights(timm.create_model("test_resnet"), "evil.pth")
+    assert not Path("pwned").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "expected a checkpoint file at .*found none"),
+        (b"rubbish", "reading it failed"),
+        ({"epoch": 3}, "expected tensors by name"),
+        ({"fc.weight": torch.ones(1)}, "do not fit the model; missing: .*of another shape: fc.weight"),
+    ],
+)
+def test_unreadable_and_unfit_files(content: object, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "weights.pth"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif content is not None:
+        torch.save(content, file)
+    with pytest.raises(CheckpointError, match=message):
+        load_weights(timm.create_model("test_resnet"), file)

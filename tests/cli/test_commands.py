@@ -1,0 +1,189 @@
+"""The command line as a user meets it: what it prints, what it writes, what it ends with."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from ilmconvert_cli.main import cli, main
+from safetensors.torch import save_file
+
+import ilmconvert
+from ilmconvert.nn import ILMNorm
+from tests.helpers import randomize_norms, same_state
+
+Output = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def _in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_convert_inspect_and_verify(capsys: Output) -> None:
+    assert main(["convert", "test_efficientnet", "--output", "out", "--model-arg", "num_classes=4"]) == 0
+    printed = capsys.readouterr().out
+    assert "EfficientNet: 13 norms converted, 0 skipped" in printed
+    assert "BatchNormAct2d -> ILM layer (1 group)" in printed
+    assert "parameters added: " in printed
+    assert "warning: the model's function has changed: 13 norms used batch statistics" in printed
+    assert "ilmconvert verify out" in printed
+    model = ilmconvert.load("out")
+    assert model.num_classes == 4
+    assert sum(isinstance(m, ILMNorm) for m in model.modules()) == 13
+
+    assert main(["verify", "out"]) == 0
+    printed = capsys.readouterr().out
+    assert "13 of 13 run" in printed
+    assert "all checks passed" in printed
+
+    assert main(["inspect", "out"]) == 0
+    assert "0 norms would be converted, 0 skipped" in capsys.readouterr().out
+
+
+def test_inspect_lists_every_site(capsys: Output) -> None:
+    assert main(["inspect", "test_vit", "--include", "blocks.*"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("ILM layer (per token)") == 12 + 1
+    assert "skipped: its path matches none of the included patterns" in printed
+    assert "2x101x64" in printed
+    assert "the converted model starts with the original's outputs" in printed
+
+
+def test_plan_goes_through_a_file_edited(capsys: Output, tmp_path: Path) -> None:
+    assert main(["inspect", "test_resnet", "--json", "--bn-to", "group", "--group-size", "8"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    for decision in plan["decisions"][:2]:
+        decision.update(action="skip", reason="by hand")
+    Path("plan.json").write_text(json.dumps(plan))
+    assert main(["convert", "test_resnet", "--plan", "plan.json", "--dry-run"]) == 0
+    assert "skipped 2 x BatchNorm2d: by hand" in capsys.readouterr().out
+    assert main(["convert", "test_resnet", "--plan", "plan.json", "-o", "out", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["converted"], len(report["skipped"])) == (len(plan["decisions"]) - 2, 2)
+    model = ilmconvert.load("out")
+    assert sum(isinstance(m, ILMNorm) for m in model.modules()) == report["converted"]
+
+
+def test_dry_run_writes_nothing(capsys: Output, tmp_path: Path) -> None:
+    assert main(["convert", "test_resnet", "-o", "out", "--dry-run", "--json"]) == 0
+    assert ilmconvert.Plan.from_json(capsys.readouterr().out).converted
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_checkpoint_is_loaded(capsys: Output) -> None:
+    source = randomize_norms(timm.create_model("test_vit"))
+    save_file(source.state_dict(), "weights.safetensors")
+    assert main(["convert", "test_vit", "--checkpoint", "weights.safetensors", "-o", "out"]) == 0
+    x = torch.randn(1, 3, 160, 160)
+    with torch.no_grad():
+        assert torch.allclose(ilmconvert.load("out")(x), source.eval()(x), atol=1e-5)
+
+
+def test_factory_model_with_arguments(capsys: Output) -> None:
+    Path("mymodels.py").write_text(
+        "from tests.models import small_cnn\n\ndef net(channels=8):\n    return small_cnn(channels)\n"
+    )
+    arguments = ["mymodels:net", "--model-arg", "channels=24", "--input-size", "3,12,12"]
+    assert main(["convert", *arguments, "-o", "out"]) == 0
+    assert ilmconvert.load("out")[0].out_channels == 24
+    capsys.readouterr()
+    assert main(["verify", "out", "--input-size", "3,12,12", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["passed"] is True
+    assert main(["verify", "out"]) == 2
+    assert "declares no input size" in capsys.readouterr().err
+
+
+def test_saved_folder_is_converted_anew_from_its_original_norms(capsys: Output) -> None:
+    assert main(["convert", "test_resnet", "-o", "a"]) == 0
+    assert main(["convert", "a", "-o", "b", "--bn-to", "instance"]) == 0
+    first, second = ilmconvert.load_conversion("a"), ilmconvert.load_conversion("b")
+    assert same_state(first.revert(), second.revert())
+    assert second.plan.options.bn_to == "instance"
+
+
+def test_verify_fails_on_a_damaged_model(capsys: Output) -> None:
+    conversion = ilmconvert.convert(timm.create_model("test_vit"))
+    torch.nn.init.normal_(conversion.model.norm.bias)
+    conversion.save("out")
+    assert main(["verify", "out"]) == 1
+    printed = capsys.readouterr().out
+    assert "FAILED" in printed
+    assert "verification failed" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["inspect", "resnt50"], 2, "did you mean resnet50"),
+        (["inspect", "no.such.module:thing"], 2, "expected 'no.such.module:thing' to name a factory"),
+        (["inspect", "tests.models:not_a_model"], 1, "to return a torch.nn.Module, got int"),
+        (["inspect", "tests.models:missing"], 2, "to name a factory that can be imported"),
+        (["inspect", "test_vit", "--model-arg", "depth"], 2, "expected KEY=VALUE"),
+        (["inspect", "test_vit", "--model-arg", "wrong=1"], 1, "expected 'test_vit' to build a model, but it failed"),
+        (["inspect", "test_vit", "--input-size", "3,x"], 2, "expected sizes such as 3,224,224"),
+        (["inspect", "test_vit", "--include", "nothing.*"], 2, "expected the pattern 'nothing.*' to match"),
+        (["inspect", "test_vit", "--groups", "8"], 2, "choose the groups for bn_to='group'"),
+        (["convert", "test_vit"], 2, "Missing option '--output'"),
+        (["convert", "test_vit", "-o", "out", "--plan", "none.json"], 2, "the plan 'none.json' cannot be read"),
+        (["convert", "test_vit", "-o", "out", "--plan", "x", "--gains"], 2, "expected --plan alone, got --gains too"),
+        (["convert", "test_vit", "-o", "."], 2, "exists; choose another or give --force"),
+        (
+            ["convert", "test_vit", "--checkpoint", "none.pth", "-o", "out"],
+            1,
+            "expected a checkpoint file at 'none.pth'",
+        ),
+        (["verify", "nowhere"], 1, "expected a folder saved by ilmconvert"),
+        (["frobnicate"], 2, "No such command"),
+    ],
+)
+def test_wrong_requests_get_one_clear_error(
+    arguments: list[str], code: int, message: str, capsys: Output, tmp_path: Path
+) -> None:
+    assert main(arguments) == code
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert "Traceback" not in printed.err
+    assert printed.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pretrained_without_a_network_is_one_clear_error(capsys: Output) -> None:
+    assert main(["convert", "resnet18", "--pretrained", "-o", "out"]) == 1
+    error = capsys.readouterr().err
+    assert "could not load the pretrained weights of 'resnet18'" in error
+    assert "--checkpoint FILE" in error
+    assert not Path("out").exists()
+
+
+def test_a_defect_is_told_in_one_line(capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ilmconvert, "inspect", lambda *_, **__: 1 / 0)
+    assert main(["inspect", "test_vit"]) == 1
+    assert "unexpected ZeroDivisionError: division by zero" in capsys.readouterr().err
+
+
+def test_python_dash_m() -> None:
+    command = [sys.executable, "-m", "ilmconvert", "--version"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == f"ilmconvert, version {ilmconvert.__version__}"
+
+
+@pytest.mark.parametrize("name", sorted(cli.commands))
+def test_every_command_and_option_has_help(name: str) -> None:
+    command = cli.commands[name]
+    assert command.help
+    for parameter in command.params:
+        assert parameter.param_type_name == "argument" or parameter.help, parameter.name
+
+
+def test_installed_script_runs(tmp_path: Path) -> None:
+    script = Path(sys.executable).parent / "ilmconvert"
+    result = subprocess.run([script, "inspect", "test_resnet"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0
+    assert "norms would be converted" in result.stdout
+    assert "\x1b[" not in result.stdout  # plain text when piped

@@ -1,0 +1,234 @@
+"""Converting: what comes out is still the user's model, and the original is untouched."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import ilmconvert
+from ilmconvert.errors import ModelError
+from ilmconvert.nn import ILMNorm
+from tests.helpers import all_finite, randomize_norms, relative, same_state
+from tests.models import AuxiliaryHead, Branching, Bypass, Functional, TiedNorm, small_cnn
+
+IMAGE = torch.randn(2, 3, 16, 16)
+
+
+def test_original_is_untouched_and_copy_shares_nothing() -> None:
+    model = small_cnn()
+    before = copy.deepcopy(model)
+    conversion = ilmconvert.convert(model)
+    with torch.no_grad():
+        for parameter in conversion.model.parameters():
+            parameter.add_(1)
+    assert same_state(before, model)
+    assert [type(m) for m in model.modules()] == [type(m) for m in before.modules()]
+
+
+@pytest.mark.parametrize("make", [small_cnn, TiedNorm, Branching, AuxiliaryHead, Functional])
+@pytest.mark.parametrize("mode", ["preserve", "paper"])
+def test_revert_is_bit_identical(make: type[nn.Module], mode: str) -> None:
+    model = randomize_norms(make())
+    conversion = ilmconvert.convert(model, mode=mode, gains=True)
+    reverted = conversion.revert()
+    assert same_state(model, reverted)
+    assert [type(m) for m in reverted.modules()] == [type(m) for m in model.modules()]
+    assert conversion.report.converted
+    assert any(isinstance(m, ILMNorm) for m in conversion.model.modules())  # the conversion itself stays
+
+
+def test_revert_after_training_keeps_the_trained_rest() -> None:
+    model = small_cnn()
+    conversion = ilmconvert.convert(model)
+    with torch.no_grad():
+        conversion.model[0].weight.add_(1)
+    reverted = conversion.revert()
+    assert torch.equal(reverted[0].weight, model[0].weight + 1)
+    assert torch.equal(reverted[1].running_var, model[1].running_var)
+
+
+def test_tied_norm_stays_tied() -> None:
+    model = TiedNorm()
+    converted = ilmconvert.convert(model, example_inputs=IMAGE).model
+    assert converted.norm1 is converted.block[1]
+    assert isinstance(converted.norm1, ILMNorm)
+    reverted = ilmconvert.convert(model).revert()
+    assert reverted.norm1 is reverted.block[1]
+
+
+def test_model_that_is_a_norm() -> None:
+    model = randomize_norms(nn.GroupNorm(4, 16))
+    conversion = ilmconvert.convert(model)
+    x = torch.randn(2, 16, 5)
+    assert isinstance(conversion.model, ILMNorm)
+    assert relative(model(x), conversion.model(x)) < 1e-5
+    assert same_state(model, conversion.revert())
+
+
+def test_untraceable_model_converts_with_its_class() -> None:
+    model = randomize_norms(Branching())
+    conversion = ilmconvert.convert(model)
+    x = torch.randn(3, 8)
+    assert type(conversion.model) is Branching
+    assert relative(model(x)["out"], conversion.model(x)["out"]) < 1e-5
+    with pytest.raises(ModelError, match="expected a model that torch.fx can trace as a whole"):
+        conversion.graph_module()
+
+
+def test_modes_requires_grad_and_dtypes_survive() -> None:
+    model = small_cnn().train()
+    model[1].eval().requires_grad_(False)
+    model[4].double()
+    converted = ilmconvert.convert(model).model
+    assert [m.training for m in (converted, converted[1], converted[1].predictor, converted[4])] == [
+        True,
+        False,
+        False,
+        True,
+    ]
+    assert not any(p.requires_grad for p in converted[1].parameters())
+    assert all(p.requires_grad for p in converted[4].parameters())
+    assert {p.dtype for p in converted[4].parameters()} == {torch.float64}
+
+
+def test_affine_free_norm_takes_dtype_from_the_model() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16, elementwise_affine=False)).double()
+    converted = ilmconvert.convert(model).model
+    assert {p.dtype for p in converted.parameters()} == {torch.float64}
+    x = torch.randn(2, 8, dtype=torch.float64)
+    assert relative(model(x), converted(x)) < 1e-12
+
+
+def test_hooks_on_norm_and_model_still_fire() -> None:
+    model, seen = small_cnn(), []
+    model.register_forward_hook(lambda *_: seen.append("model"))
+    model[4].register_forward_hook(lambda *_: seen.append("norm"))
+    ilmconvert.convert(model).model(IMAGE)
+    assert seen == ["norm", "model"]
+
+
+def test_state_dict_outside_and_inside_the_norms() -> None:
+    model = randomize_norms(timm.create_model("test_vit"))
+    before, after = model.state_dict(), ilmconvert.convert(model).model.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())  # scale and shift keep name and value
+    assert {key.split(".")[-3] for key in set(after) - set(before)} == {"predictor"}
+
+
+def test_graph_module_computes_the_converted_model() -> None:
+    conversion = ilmconvert.convert(timm.create_model("test_efficientnet").eval())
+    graph = conversion.graph_module()
+    x = torch.randn(1, 3, 160, 160)
+    assert torch.equal(graph(x), conversion.model(x))
+    targets = [graph.get_submodule(n.target) for n in graph.graph.nodes if n.op == "call_module"]
+    assert sum(isinstance(m, ILMNorm) for m in targets) == len(conversion.report.converted)
+
+
+def test_class_and_methods_of_a_timm_model_still_work() -> None:
+    model = timm.create_model("test_resnet").eval()
+    converted = ilmconvert.convert(model).model
+    assert type(converted) is type(model)
+    x = torch.randn(2, 3, 160, 160)
+    features = converted.forward_features(x)
+    assert features.shape == model.forward_features(x).shape
+    assert torch.equal(converted.forward_head(features), converted(x))
+    converted.reset_classifier(7)
+    assert converted(x).shape == (2, 7)
+    assert converted.get_classifier().out_features == 7
+    assert model(x).shape == (2, 1000)
+
+
+@pytest.mark.parametrize("bn_to", ["layer", "group", "instance"])
+@pytest.mark.parametrize("mode", ["preserve", "paper"])
+def test_every_target_trains(bn_to: str, mode: str) -> None:
+    model = randomize_norms(small_cnn())
+    converted = ilmconvert.convert(model, bn_to=bn_to, mode=mode, example_inputs=IMAGE).model.train()
+    optimizer = torch.optim.SGD(converted.parameters(), lr=0.1)
+    y = torch.arange(20) % 5
+    x = torch.randn(20, 3, 8, 8) + 2 * torch.randn(5, 3, 1, 1)[y]
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        losses.append(nn.functional.cross_entropy(converted(x), y))
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.8 * losses[0]
+    assert all_finite(p.grad for p in converted.parameters())
+    assert converted[1].predictor.scale_decoder.weight.abs().max() > 0
+
+
+def test_progress_is_reported() -> None:
+    steps: list = []
+    ilmconvert.convert(small_cnn(), progress=lambda *step: steps.append(step))
+    assert steps == [("converting", 1, 2), ("converting", 2, 2)]
+
+
+def test_report_says_what_it_costs_and_what_changed() -> None:
+    report = ilmconvert.convert(small_cnn(), example_inputs=IMAGE).report
+    assert not report.exact
+    assert report.added_parameters == 3 * 2 * 1 + 3 * 2 * 2
+    assert report.parameters == sum(p.numel() for p in small_cnn().parameters())
+    assert "1 norms used batch statistics" in report.warnings[0]
+    text = str(report)
+    assert "1 x BatchNorm2d -> ILM layer (1 group)" in text
+    assert "1 x GroupNorm -> ILM group (4 groups)" in text
+    assert "input size" in str(ilmconvert.convert(small_cnn()).report)  # groups were not checked, and it is said
+
+
+def test_verify_sees_an_exact_conversion() -> None:
+    model = randomize_norms(timm.create_model("test_vit"))
+    result = ilmconvert.verify(model, ilmconvert.convert(model).model)
+    assert result.passed
+    assert result.relative_difference < 1e-5
+    assert all(c.passed is not False for c in result.checks)
+
+
+def test_verify_tells_what_changed_with_batch_norm() -> None:
+    model = timm.create_model("test_resnet")
+    result = ilmconvert.verify(model, ilmconvert.convert(model).model)
+    assert result.passed
+    assert {c.name: c.passed for c in result.checks}["outputs"] is None
+    assert result.relative_difference > 1e-3
+
+
+def checks(model: nn.Module, converted: nn.Module, inputs: object) -> dict:
+    return {c.name: c for c in ilmconvert.verify(model, converted, inputs).checks}
+
+
+def test_verify_detects_a_bypassed_layer() -> None:
+    model = Bypass()
+    found = checks(model, ilmconvert.convert(model).model, torch.randn(2, 16))
+    assert found["layers run"].passed is False
+    assert "bypassed: norm" in found["layers run"].detail
+
+
+def test_verify_detects_damage() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 4))
+    x = torch.randn(3, 8)
+
+    def damaged(damage: object) -> nn.Module:
+        converted = ilmconvert.convert(model).model
+        damage(converted)
+        return converted
+
+    assert checks(model, damaged(lambda m: nn.init.ones_(m[1].bias)), x)["outputs"].passed is False
+    assert (
+        checks(model, damaged(lambda m: nn.init.constant_(m[1].bias, float("nan"))), x)["training, as given"].passed
+        is False
+    )
+    assert checks(model, damaged(lambda m: m[1].eval()), x)["training flags"].passed is False
+    assert checks(model, damaged(lambda m: m.append(nn.Linear(4, 2))), x)["output shapes"].passed is False
+
+
+def test_verify_leaves_both_models_alone() -> None:
+    model = small_cnn().train()
+    converted = ilmconvert.convert(model).model
+    states = [copy.deepcopy(m) for m in (model, converted)]
+    ilmconvert.verify(model, converted, IMAGE)
+    assert same_state(states[0], model)
+    assert same_state(states[1], converted)
+    assert all(m.training for m in (*model.modules(), *converted.modules()))
+    assert all(p.grad is None for p in converted.parameters())
