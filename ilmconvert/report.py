@@ -59,7 +59,8 @@ class Report:
         else:
             first = (
                 f"the model's function has changed: {len(changed)} norms used batch statistics, which no "
-                "instance-level norm can reproduce; expect the accuracy to be lost until the model is trained"
+                "instance-level norm can reproduce; starting from their running statistics keeps only a part of the "
+                "accuracy, so train the model before relying on it"
             )
         return (first, *self.plan.notes)
 

@@ -45,8 +45,9 @@ class Standardization:
         unbiased: the variance divides by n - 1 (mode ``paper``, timm's SimpleNorm).
         eps: added to the variance; None means the input dtype's machine epsilon, as in ``torch.nn.RMSNorm``.
         unbatched_ndim: inputs of this rank lack the batch dimension (``torch.nn.InstanceNorm*`` take those).
-        promotes: the output takes the common dtype of input and weight (norms written out as tensor arithmetic),
-            not the input's (torch's native norms).
+        output: the dtype returned. ``input``: the input's. ``native``: the same, but under autocast what torch's own
+            kernel for the layout returns. ``promoted``: the common dtype of input and weight, as norms return that
+            are written out as tensor arithmetic.
     """
 
     layout: Layout = "sample"
@@ -55,7 +56,7 @@ class Standardization:
     unbiased: bool = False
     eps: float | None = 1e-5
     unbatched_ndim: int | None = None
-    promotes: bool = False
+    output: Literal["native", "input", "promoted"] = "native"
 
     @property
     def reduced(self) -> tuple[int, ...]:
@@ -64,13 +65,14 @@ class Standardization:
 
     def output_dtype(self, x: Tensor, weight: Tensor | None) -> torch.dtype:
         """The dtype the plain norm would return for ``x`` here, autocast included."""
-        if self.promotes:
+        if self.output == "promoted":
             return x.dtype if weight is None else torch.promote_types(x.dtype, weight.dtype)
-        if torch.is_autocast_enabled(x.device.type) and self.layout != "sample":
-            return F.layer_norm(x.new_empty(1), (1,)).dtype
-        if torch.is_autocast_enabled(x.device.type):
-            return F.group_norm(x.new_empty(1, 1, 2), 1).dtype
-        return x.dtype
+        if self.output == "input" or not torch.is_autocast_enabled(x.device.type):
+            return x.dtype
+        probe = x.new_empty(1, 1, 2)  # torch alone knows what autocast does to each kernel on each device
+        if self.scale_by == "rms":
+            return F.rms_norm(probe, (2,)).dtype
+        return (F.group_norm(probe, 1) if self.layout == "sample" else F.layer_norm(probe, (2,))).dtype
 
 
 def canonical(x: Tensor, layout: Layout, shape: tuple[int, ...]) -> Tensor:
@@ -103,17 +105,27 @@ def group_moments(x: Tensor, groups: int, how: Standardization) -> tuple[Tensor,
     return mean, var
 
 
-def standardize(x: Tensor, groups: int, how: Standardization) -> Tensor:
-    """Stage 1 on the canonical ``(A, C, S)``; the result has the same shape and strides."""
-    grouped = _grouped(x, groups)
+def standardize(x: Tensor, shape: tuple[int, ...], groups: int, how: Standardization) -> Tensor:
+    """Stage 1 of ``x`` in its own layout and memory format.
+
+    Where torch has a kernel for it, that kernel is used, so that a converted norm rounds as the original does.
+    """
     eps = torch.finfo(x.dtype).eps if how.eps is None else how.eps
+    if how.center and how.scale_by == "var" and not how.unbiased:
+        if how.layout == "sample":
+            return torch.group_norm(x, groups, None, None, eps)
+        if how.layout == "token":
+            return F.layer_norm(x, shape, None, None, eps)
+        return F.layer_norm(x.movedim(1, -1), shape, None, None, eps).movedim(-1, 1)
+    flat = canonical(x, how.layout, shape)
+    grouped = _grouped(flat, groups)
     if how.scale_by == "rms":
         mean, power = None, grouped.square().mean(how.reduced, keepdim=True)
     else:
-        mean, power = group_moments(x, groups, how)
+        mean, power = group_moments(flat, groups, how)
     if how.center and mean is not None:
         grouped = grouped - mean
-    return (grouped * torch.rsqrt(power + eps)).flatten(1, 2)
+    return (grouped * torch.rsqrt(power + eps)).reshape(x.shape)
 
 
 def predict(
@@ -142,7 +154,7 @@ def rescaling(
         return parameter.to(x.dtype).reshape(1, channels, -1)
 
     def spread(prediction: Tensor, which: int) -> Tensor:
-        channelwise = prediction.mT.repeat_interleave(channels // num_key_groups, dim=1)
+        channelwise = prediction.repeat_interleave(channels // num_key_groups, dim=2).mT
         return channelwise if gains is None else channelwise * per_element(gains[which])
 
     mean, var = group_moments(x, num_key_groups, how)
@@ -180,6 +192,8 @@ def ilm_norm(
         return batched.squeeze(0)
     dtype = how.output_dtype(x, weight)
     with torch.autocast(x.device.type, enabled=False):
-        flat = canonical(x.to(torch.promote_types(x.dtype, torch.float32)), how.layout, shape)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        flat = canonical(wide, how.layout, shape)
         scale, shift = rescaling(flat, weight, bias, meta, gains, num_key_groups, how)
-        return (standardize(flat, num_groups, how) * scale + shift).to(dtype).reshape(x.shape)
+        standardized = canonical(standardize(wide, shape, num_groups, how), how.layout, shape)
+        return torch.addcmul(shift, standardized, scale).to(dtype).reshape(x.shape)

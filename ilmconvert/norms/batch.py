@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ilmconvert.nn.functional import Standardization
-from ilmconvert.norms.registry import NormHandler, register
+from ilmconvert.norms.registry import NormHandler, has_act, register
 from ilmconvert.norms.spec import NormSpec
 
 _SPATIAL = {"BatchNorm2d": 2, "BatchNormAct2d": 2, "FrozenBatchNorm2d": 2, "FrozenBatchNormAct2d": 2, "BatchNorm3d": 3}
@@ -34,9 +34,12 @@ _SPATIAL = {"BatchNorm2d": 2, "BatchNormAct2d": 2, "FrozenBatchNorm2d": 2, "Froz
     "torch.nn.modules.batchnorm.BatchNorm3d",
     "torch.nn.modules.batchnorm.SyncBatchNorm",
     "torchvision.ops.misc.FrozenBatchNorm2d",
+    "timm.layers.norm_act.BatchNormAct2d",
+    "timm.layers.norm_act.SyncBatchNormAct",
+    "timm.layers.norm_act.FrozenBatchNormAct2d",
 )
 class Batch(NormHandler):
-    """``nn.BatchNorm*``, synchronized and frozen ones."""
+    """``nn.BatchNorm*``, synchronized and frozen ones, and timm's with dropout and activation."""
 
     family = "batch"
 
@@ -44,12 +47,14 @@ class Batch(NormHandler):
         """The grouping is left open: it is the user's choice."""
         weight = getattr(module, "weight", None)
         running_mean = getattr(module, "running_mean", None)
+        frozen = not isinstance(module, nn.modules.batchnorm._NormBase)  # plain tensor arithmetic
         known = next((t for t in (weight, running_mean) if t is not None), None)
         return NormSpec(
             shape=(int(module.num_features) if known is None else known.numel(),),  # type: ignore[arg-type]
             num_groups=None,
-            standardization=Standardization(eps=module.eps),  # type: ignore[arg-type]
+            standardization=Standardization(eps=module.eps, output="promoted" if frozen else "input"),  # type: ignore[arg-type]
             spatial_ndim=next((n for c in type(module).__mro__ if (n := _SPATIAL.get(c.__name__))), None),
+            has_act=has_act(module),
             preserves=False,
         )
 
@@ -67,17 +72,3 @@ class Batch(NormHandler):
         scale = a * sigma.repeat_interleave(size)
         shift = a * (centers.mean(1).repeat_interleave(size) - mean) + (0.0 if beta is None else beta.detach().double())
         return scale, shift
-
-
-@register(
-    "timm.layers.norm_act.BatchNormAct2d",
-    "timm.layers.norm_act.SyncBatchNormAct",
-    "timm.layers.norm_act.FrozenBatchNormAct2d",
-)
-class BatchAct(Batch):
-    """timm's Batch Norm with dropout and activation."""
-
-    def describe(self, module: nn.Module) -> NormSpec:
-        """As :class:`Batch`, with the activation where there is one (a converted SyncBatchNorm may lack it)."""
-        spec = super().describe(module)
-        return spec.with_act() if hasattr(module, "act") and hasattr(module, "drop") else spec

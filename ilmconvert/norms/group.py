@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ilmconvert.nn.functional import Standardization
-from ilmconvert.norms.registry import NormHandler, register
+from ilmconvert.norms.registry import NormHandler, has_act, register
 from ilmconvert.norms.spec import NormSpec
 
 _TIMM, _FUSED = "timm.layers.norm", "timm.layers.norm_act"
@@ -16,9 +16,11 @@ _TIMM, _FUSED = "timm.layers.norm", "timm.layers.norm_act"
     f"{_TIMM}.GroupNorm",
     f"{_TIMM}.GroupNorm1",
     "timm.models.metaformer.GroupNorm1NoBias",
+    f"{_FUSED}.GroupNormAct",
+    f"{_FUSED}.GroupNorm1Act",
 )
 class Group(NormHandler):
-    """``nn.GroupNorm`` and its one-group and bias-free forms."""
+    """``nn.GroupNorm``, its one-group and bias-free forms, and timm's with dropout and activation."""
 
     family = "group"
 
@@ -30,13 +32,5 @@ class Group(NormHandler):
             standardization=Standardization(eps=module.eps),  # type: ignore[arg-type]
             weight=module.weight is not None,
             bias=module.bias is not None,
+            has_act=has_act(module),
         )
-
-
-@register(f"{_FUSED}.GroupNormAct", f"{_FUSED}.GroupNorm1Act")
-class GroupAct(Group):
-    """timm's Group Norm with dropout and activation."""
-
-    def describe(self, module: nn.Module) -> NormSpec:
-        """As :class:`Group`, with the activation."""
-        return super().describe(module).with_act()

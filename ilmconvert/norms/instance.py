@@ -31,7 +31,7 @@ class Instance(NormHandler):
         spec = NormSpec(
             shape=(channels,),
             num_groups=channels,
-            standardization=Standardization(eps=module.eps, unbatched_ndim=spatial + 1),  # type: ignore[arg-type]
+            standardization=Standardization(eps=module.eps, unbatched_ndim=spatial + 1, output="input"),  # type: ignore[arg-type]
             weight=module.weight is not None,
             bias=module.bias is not None,
             spatial_ndim=spatial,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import nn
 
 from ilmconvert.nn.functional import Layout, Standardization
-from ilmconvert.norms.registry import NormHandler, register
+from ilmconvert.norms.registry import NormHandler, has_act, register, returns_input_dtype
 from ilmconvert.norms.spec import NormSpec
 
 _TIMM, _FUSED, _META = "timm.layers.norm", "timm.layers.norm_act", "timm.models.metaformer"
@@ -19,6 +19,8 @@ _TIMM, _FUSED, _META = "timm.layers.norm", "timm.layers.norm_act", "timm.models.
     f"{_TIMM}.LayerNorm",
     f"{_TIMM}.LayerNormFp32",
     f"{_META}.LayerNormNoBias",
+    f"{_FUSED}.LayerNormAct",
+    f"{_FUSED}.LayerNormActFp32",
 )
 class Layer(NormHandler):
     """``nn.LayerNorm`` over the last or several trailing dimensions."""
@@ -28,22 +30,19 @@ class Layer(NormHandler):
 
     def describe(self, module: nn.Module) -> NormSpec:
         """Read the module's own normalized_shape and eps."""
+        how = Standardization(
+            layout=self.layout,
+            eps=module.eps,  # type: ignore[arg-type]
+            output="input" if returns_input_dtype(module) else "native",
+        )
         return NormSpec(
             shape=tuple(module.normalized_shape),  # type: ignore[arg-type]
             num_groups=1,
-            standardization=Standardization(layout=self.layout, eps=module.eps),  # type: ignore[arg-type]
+            standardization=how,
             weight=module.weight is not None,
             bias=module.bias is not None,
+            has_act=has_act(module),
         )
-
-
-@register(f"{_FUSED}.LayerNormAct", f"{_FUSED}.LayerNormActFp32")
-class LayerAct(Layer):
-    """timm's Layer Norm with dropout and activation."""
-
-    def describe(self, module: nn.Module) -> NormSpec:
-        """As :class:`Layer`, with the activation."""
-        return super().describe(module).with_act()
 
 
 @register(
@@ -52,15 +51,10 @@ class LayerAct(Layer):
     f"{_TIMM}.LayerNormExp2d",
     f"{_META}.LayerNorm2dNoBias",
     "torchvision.models.convnext.LayerNorm2d",
+    f"{_FUSED}.LayerNormAct2d",
+    f"{_FUSED}.LayerNormAct2dFp32",
 )
 class Layer2d(Layer):
     """Layer Norm over the channels of each position of ``(N, C, H, W)``."""
-
-    layout: Layout = "position"
-
-
-@register(f"{_FUSED}.LayerNormAct2d", f"{_FUSED}.LayerNormAct2dFp32")
-class LayerAct2d(LayerAct):
-    """timm's 2d Layer Norm with dropout and activation."""
 
     layout: Layout = "position"

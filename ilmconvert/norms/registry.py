@@ -41,6 +41,16 @@ class NormHandler:
         return getattr(module, "weight", None), getattr(module, "bias", None)
 
 
+def has_act(module: nn.Module) -> bool:
+    """Whether a norm carries dropout and activation, as timm's fused classes do under these names."""
+    return all(isinstance(getattr(module, name, None), nn.Module) for name in ("drop", "act"))
+
+
+def returns_input_dtype(module: nn.Module) -> bool:
+    """Whether it is one of timm's ``*Fp32`` classes, which compute in float32 and cast back."""
+    return any(cls.__name__.endswith("Fp32") for cls in type(module).__mro__)
+
+
 @dataclass(frozen=True)
 class Entry:
     """One registered class: its qualified name and its handler."""

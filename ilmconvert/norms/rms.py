@@ -1,6 +1,7 @@
 """Root Mean Square norm (Zhang and Sennrich, 2019) and timm's SimpleNorm: no mean is subtracted.
 
-SimpleNorm divides by the unbiased standard deviation, not by the root mean square.
+SimpleNorm divides by the unbiased standard deviation, not by the root mean square. The 2d forms take ``(N, C, H, W)``
+and normalize each position over its channels.
 """
 
 from __future__ import annotations
@@ -10,20 +11,26 @@ from typing import Literal
 from torch import nn
 
 from ilmconvert.nn.functional import Layout, Standardization
-from ilmconvert.norms.registry import NormHandler, register
+from ilmconvert.norms.registry import NormHandler, has_act, register, returns_input_dtype
 from ilmconvert.norms.spec import NormSpec
 
 _TIMM, _FUSED = "timm.layers.norm", "timm.layers.norm_act"
 
 
-@register("torch.nn.modules.normalization.RMSNorm", f"{_TIMM}.RmsNorm", f"{_TIMM}.RmsNormFp32")
+@register(
+    "torch.nn.modules.normalization.RMSNorm",
+    f"{_TIMM}.RmsNorm",
+    f"{_TIMM}.RmsNormFp32",
+    f"{_FUSED}.RmsNormAct",
+    f"{_FUSED}.RmsNormActFp32",
+)
 class Rms(NormHandler):
     """``nn.RMSNorm`` and timm's, over trailing dimensions."""
 
     family = "rms"
     layout: Layout = "token"
     scale_by: Literal["var", "rms"] = "rms"
-    promotes = False
+    output: Literal["native", "promoted"] = "native"
 
     def describe(self, module: nn.Module) -> NormSpec:
         """Read the module's own normalized_shape and eps."""
@@ -33,75 +40,35 @@ class Rms(NormHandler):
             scale_by=self.scale_by,
             unbiased=self.scale_by == "var",
             eps=module.eps,  # type: ignore[arg-type]
-            promotes=self.promotes,
+            output="input" if returns_input_dtype(module) else self.output,
         )
         shape = tuple(module.normalized_shape)  # type: ignore[arg-type]
-        return NormSpec(shape, 1, how, weight=module.weight is not None, bias=False)
+        return NormSpec(shape, 1, how, weight=module.weight is not None, bias=False, has_act=has_act(module))
 
 
-@register(f"{_FUSED}.RmsNormAct", f"{_FUSED}.RmsNormActFp32")
-class RmsAct(Rms):
-    """timm's RMS norm with dropout and activation."""
-
-    def describe(self, module: nn.Module) -> NormSpec:
-        """As :class:`Rms`, with the activation."""
-        return super().describe(module).with_act()
-
-
-@register(f"{_TIMM}.RmsNorm2d")
+@register(
+    f"{_TIMM}.RmsNorm2d",
+    f"{_TIMM}.RmsNorm2dFp32",
+    f"{_FUSED}.RmsNormAct2d",
+    f"{_FUSED}.RmsNormAct2dFp32",
+)
 class Rms2d(Rms):
-    """RMS norm over the channels of each position of ``(N, C, H, W)``."""
+    """timm's RMS norm over the channels of each position, written out as tensor arithmetic."""
 
     layout: Layout = "position"
-    promotes = True
+    output: Literal["native", "promoted"] = "promoted"
 
 
-@register(f"{_TIMM}.RmsNorm2dFp32")
-class Rms2dFp32(Rms2d):
-    """As :class:`Rms2d`, returning the input's dtype."""
-
-    promotes = False
-
-
-@register(f"{_FUSED}.RmsNormAct2d")
-class RmsAct2d(RmsAct):
-    """timm's 2d RMS norm with dropout and activation."""
-
-    layout: Layout = "position"
-    promotes = True
-
-
-@register(f"{_FUSED}.RmsNormAct2dFp32")
-class RmsAct2dFp32(RmsAct2d):
-    """As :class:`RmsAct2d`, returning the input's dtype."""
-
-    promotes = False
-
-
-@register(f"{_TIMM}.SimpleNorm")
+@register(f"{_TIMM}.SimpleNorm", f"{_TIMM}.SimpleNormFp32")
 class Simple(Rms):
     """timm's SimpleNorm over trailing dimensions."""
 
     scale_by: Literal["var", "rms"] = "var"
-    promotes = True
+    output: Literal["native", "promoted"] = "promoted"
 
 
-@register(f"{_TIMM}.SimpleNormFp32")
-class SimpleFp32(Simple):
-    """As :class:`Simple`, returning the input's dtype."""
-
-    promotes = False
-
-
-@register(f"{_TIMM}.SimpleNorm2d")
+@register(f"{_TIMM}.SimpleNorm2d", f"{_TIMM}.SimpleNorm2dFp32")
 class Simple2d(Simple):
-    """timm's SimpleNorm over the channels of each position of ``(N, C, H, W)``."""
+    """timm's SimpleNorm over the channels of each position."""
 
     layout: Layout = "position"
-
-
-@register(f"{_TIMM}.SimpleNorm2dFp32")
-class Simple2dFp32(Simple2d):
-    """As :class:`Simple2d`, returning the input's dtype."""
-
-    promotes = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from ilmconvert.nn.functional import Standardization
 
@@ -36,7 +36,3 @@ class NormSpec:
     def num_channels(self) -> int:
         """``C``."""
         return self.shape[0]
-
-    def with_act(self) -> NormSpec:
-        """The same norm, with dropout and activation behind it."""
-        return replace(self, has_act=True)

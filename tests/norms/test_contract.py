@@ -152,17 +152,16 @@ def test_output_is_preserved(index: int, dtype: torch.dtype, tolerance: float) -
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")  # torch's rms_norm tells that it is slow here
 def test_half_precision_returns_the_norms_dtype(index: int) -> None:
     norm, layer, x = make(index)
-    if not find(norm).handler.describe(norm).preserves:
-        pytest.skip("batch statistics are not preserved")
+    preserves = find(norm).handler.describe(norm).preserves
     x = x.bfloat16()
     mixed = norm(x)
     assert layer(x).dtype == mixed.dtype
-    assert relative(mixed, layer(x)) < 2e-2
+    assert not preserves or relative(mixed, layer(x)) < 2e-2
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x.float()).dtype == norm(x.float()).dtype
     half, half_layer = norm.bfloat16(), layer.bfloat16()
     assert half_layer(x).dtype == half(x).dtype
-    assert relative(half(x), half_layer(x)) < 3e-2
+    assert not preserves or relative(half(x), half_layer(x)) < 3e-2
 
 
 @every
