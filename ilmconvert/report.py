@@ -8,7 +8,7 @@ from typing import Any
 
 from ilmconvert.plan import Decision, Plan
 
-__all__ = ["Report"]
+__all__ = ["Report", "describe_target", "plural"]
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,10 @@ class Report:
         if not changed:
             return self.plan.notes
         if self.plan.options.mode == "paper":
-            first = f"{len(changed)} layers start from the paper's initialisation: the model must be trained"
+            first = f"{plural(len(changed), 'layer')} start from the paper's initialisation: the model must be trained"
         else:
             first = (
-                f"the model's function has changed: {len(changed)} norms used batch statistics, which no "
+                f"the model's function has changed: {plural(len(changed), 'norm')} used batch statistics, which no "
                 "instance-level norm can reproduce; starting from their running statistics keeps only a part of the "
                 "accuracy, so train the model before relying on it"
             )
@@ -88,11 +88,16 @@ class Report:
         }
 
     def __str__(self) -> str:
-        lines = [f"{self.plan.model}: {len(self.converted)} norms converted, {len(self.skipped)} skipped"]
+        lines = [f"{self.plan.model}: {plural(len(self.converted), 'norm')} converted, {len(self.skipped)} skipped"]
         lines += [f"  {n} x {norm} -> {target}" for norm, target, n in self.conversions()]
         lines += [f"  skipped {n} x {norm}: {reason}" for norm, reason, n in self.skips()]
         lines += [f"  parameters added: {self.added_parameters:,} ({self.added_percent:.2f} %)"]
         return "\n".join([*lines, *(f"  warning: {w}" for w in self.warnings)])
+
+
+def plural(number: int, noun: str) -> str:
+    """``1 norm``, ``2 norms``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def describe_target(decision: Decision) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
@@ -92,8 +92,3 @@ def replace_modules_(model: nn.Module, replacements: dict[str, nn.Module]) -> nn
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, replacement)
     return model
-
-
-def paths_of(decisions: Iterable[Decision]) -> dict[str, tuple[str, ...]]:
-    """Canonical path to all paths."""
-    return {decision.path: decision.site.paths for decision in decisions}

@@ -171,7 +171,7 @@ def test_report_says_what_it_costs_and_what_changed() -> None:
     assert not report.exact
     assert report.added_parameters == 3 * 2 * 1 + 3 * 2 * 2
     assert report.parameters == sum(p.numel() for p in small_cnn().parameters())
-    assert "1 norms used batch statistics" in report.warnings[0]
+    assert "1 norm used batch statistics" in report.warnings[0]
     text = str(report)
     assert "1 x BatchNorm2d -> ILM layer (1 group)" in text
     assert "1 x GroupNorm -> ILM group (4 groups)" in text

@@ -9,7 +9,7 @@ from ilmconvert_cli.render.console import stdout
 from rich.markup import escape
 from rich.table import Table
 
-from ilmconvert.report import describe_target
+from ilmconvert.report import describe_target, plural
 
 if TYPE_CHECKING:
     from ilmconvert.plan import Decision
@@ -44,9 +44,8 @@ def print_summary(report: Report, *, would: bool = False) -> None:
     """What becomes of the norms, what it costs, and what to be careful of."""
     out = stdout()
     verb = "would be converted" if would else "converted"
-    out.print(
-        f"\n[bold]{escape(report.plan.model)}[/]: {len(report.converted)} norms {verb}, {len(report.skipped)} skipped"
-    )
+    counts = f"{plural(len(report.converted), 'norm')} {verb}, {len(report.skipped)} skipped"
+    out.print(f"\n[bold]{escape(report.plan.model)}[/]: {counts}")
     for norm, target, count in report.conversions():
         out.print(f"  [green]{count} x {escape(norm)} -> {escape(target)}[/]")
     for norm, reason, count in report.skips():
@@ -56,12 +55,14 @@ def print_summary(report: Report, *, would: bool = False) -> None:
         out.print(f"  {len(adjusted)} adjusted, such as {escape(adjusted[0].path)}: {escape(adjusted[0].notes[0])}")
     pieces = len(report.plan.untraced)
     if pieces:
-        out.print(f"  {pieces} modules could not be traced by torch.fx; their norms were found piece by piece")
+        out.print(
+            f"  {plural(pieces, 'module')} could not be traced by torch.fx; their norms were found piece by piece"
+        )
     out.print(f"  parameters added: {report.added_parameters:,} ({report.added_percent:.2f} %)")
     if report.exact and report.converted:
         out.print("  the converted model starts with the original's outputs")
     for warning in report.warnings:
-        out.print(f"[bold yellow]warning:[/] {escape(warning)}")
+        out.print(f"[bold yellow]warning:[/] {escape(warning)}", soft_wrap=not out.is_terminal)
 
 
 def print_saved(folder: Path) -> None:

@@ -1,0 +1,67 @@
+"""The documentation shows what really happens."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "docs" / "getting-started.md"]
+
+
+def console_steps(page: Path) -> list[tuple[str, str]]:
+    """(command, expected output) of every console block."""
+    steps: list[tuple[str, str]] = []
+    for block in re.findall(r"```console\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        for step in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+            command, _, output = step.partition("\n")
+            steps.append((command, output))
+    return steps
+
+
+def matches(expected: str, printed: str) -> bool:
+    """Equal up to lines left out (``...``) and trailing blanks."""
+    lines = [re.escape(line.rstrip()) for line in expected.rstrip("\n").split("\n")]
+    pattern = "\n".join("(?s:.*)" if line == re.escape("...") else line for line in lines)
+    got = "\n".join(line.rstrip() for line in printed.rstrip("\n").split("\n"))
+    return re.fullmatch(pattern, got) is not None
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_console_blocks_print_what_they_show(page: Path, tmp_path: Path) -> None:
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "LC_ALL": "C",
+    }
+    steps = console_steps(page)
+    assert len(steps) > 4
+    for command, expected in steps:
+        result = subprocess.run(
+            command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert matches(expected, result.stdout + result.stderr), f"$ {command}\n{result.stdout}{result.stderr}"
+
+
+def test_generated_pages_are_up_to_date() -> None:
+    command = [sys.executable, str(ROOT / "docs" / "generate.py"), "--check"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_links_lead_somewhere() -> None:
+    for page in [*(ROOT / "docs").glob("*.md"), ROOT / "README.md"]:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_ci_runs_the_readmes_commands() -> None:
+    commands = re.findall(r"```sh\n(python -m venv .*?)\n```", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert len(commands) == 2
+    assert "ilmconvert convert resnet18 --output resnet18-ilm" in commands[0]
+    assert commands[1].endswith("pytest")
