@@ -128,14 +128,20 @@ def standardize(x: Tensor, shape: tuple[int, ...], groups: int, how: Standardiza
     return (grouped * torch.rsqrt(power + eps)).reshape(x.shape)
 
 
-def predict(
-    means: Tensor, variances: Tensor, encoder: Tensor, scale_decoder: Tensor, shift_decoder: Tensor
-) -> tuple[Tensor, Tensor]:
-    """``D_scale - 1/2`` and ``D_shift`` for key features ``(..., K)``, computed in their dtype."""
-    encoder, scale_decoder, shift_decoder = (w.to(means.dtype) for w in (encoder, scale_decoder, shift_decoder))
-    scale = F.linear(F.relu(F.linear(variances, encoder)), scale_decoder)
-    shift = F.linear(F.relu(F.linear(means, encoder)), shift_decoder)
-    return torch.tanh(scale / 2) / 2, torch.tanh(shift)
+def predict(features: Tensor, meta: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The auto-encoder, for both key features at once.
+
+    Args:
+        features: ``(2, M, K)``: the variances, then the means, of ``M`` instances.
+        meta: encoder ``(e, K)``, scale decoder and shift decoder ``(K, e)``.
+
+    Returns:
+        The embeddings ``(2, M, e)`` and the decoded ``(2, M, K)``: ``tanh(z / 2)``, which is ``2 D_scale - 1``, and
+        ``D_shift``.
+    """
+    encoder, scale_decoder, shift_decoder = (w.to(features.dtype) for w in meta)
+    hidden = F.relu(F.linear(features, encoder))
+    return hidden, torch.tanh(torch.bmm(hidden, torch.stack((scale_decoder / 2, shift_decoder)).mT))
 
 
 def rescaling(
@@ -157,8 +163,9 @@ def rescaling(
         channelwise = prediction.repeat_interleave(channels // num_key_groups, dim=2).mT
         return channelwise if gains is None else channelwise * per_element(gains[which])
 
-    mean, var = group_moments(x, num_key_groups, how)
-    d_scale, d_shift = predict(mean.squeeze(2).mT, var.squeeze(2).mT, *meta)
+    mean, var = (feature.squeeze(2).mT for feature in group_moments(x, num_key_groups, how))
+    _, decoded = predict(torch.stack((var, mean)).reshape(2, -1, num_key_groups), meta)
+    d_scale, d_shift = decoded[0].reshape(mean.shape) / 2, decoded[1].reshape(mean.shape)
     scale = spread(d_scale, 0) + (1.0 if weight is None else per_element(weight))
     shift = spread(d_shift, 1)
     return scale, shift if bias is None else shift + per_element(bias)

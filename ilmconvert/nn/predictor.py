@@ -74,4 +74,5 @@ class MetaPredictor(nn.Module):
 
     def forward(self, means: Tensor, variances: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``D_scale - 1/2`` and ``D_shift``, computed in the dtype of the key features."""
-        return predict(means, variances, *self.weights())
+        _, decoded = predict(torch.stack((variances, means)).reshape(2, -1, means.shape[-1]), self.weights())
+        return decoded[0].reshape(means.shape) / 2, decoded[1].reshape(means.shape)
