@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import platform
-from collections.abc import Sequence
+import statistics
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,32 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "timm": timm.__version__,
     }
+
+
+def interleaved(steps: Sequence[Callable[[], object]], *, runs: int = 21, warmup: int = 3) -> list[float]:
+    """Median time of each step over that of the last, measured in turn in one process; ratios round by round."""
+    times: list[list[float]] = [[] for _ in steps]
+    for _ in range(warmup + runs):
+        for step, own in zip(steps, times, strict=True):
+            start = time.perf_counter()
+            step()
+            own.append(time.perf_counter() - start)
+    base = times[-1][warmup:]
+    return [statistics.median(t / b for t, b in zip(own[warmup:], base, strict=True)) for own in times]
+
+
+def training_step(module: nn.Module, x: Tensor) -> Callable[[], object]:
+    """Forward and backward from a fixed gradient, into fresh gradients."""
+    x = x.clone().requires_grad_()
+    with torch.no_grad():
+        grad = torch.randn_like(module(x))
+
+    def step() -> None:
+        x.grad = None
+        module.zero_grad(set_to_none=True)
+        module(x).backward(grad)
+
+    return step
 
 
 def write(name: str, rows: list[dict[str, Any]], **more: Any) -> None:

@@ -23,13 +23,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Layout", "Standardization", "canonical", "group_moments", "ilm_norm", "predict", "rescaling", "standardize"]
+__all__ = [
+    "Config",
+    "Layout",
+    "Parameters",
+    "Standardization",
+    "canonical",
+    "check_shape",
+    "group_moments",
+    "plain_ilm_norm",
+    "predict",
+    "rescaling",
+    "standardize",
+]
 
 Layout = Literal["sample", "position", "token"]
 
@@ -75,18 +87,26 @@ class Standardization:
         return (F.group_norm(probe, 1) if self.layout == "sample" else F.layer_norm(probe, (2,))).dtype
 
 
-def canonical(x: Tensor, layout: Layout, shape: tuple[int, ...]) -> Tensor:
-    """View ``x`` as ``(A, C, S)``; no copy for contiguous and channels_last inputs.
+def _channel_dim(ndim: int, layout: Layout, shape: tuple[int, ...]) -> int:
+    return ndim - len(shape) if layout == "token" else 1
+
+
+def check_shape(x: Tensor, layout: Layout, shape: tuple[int, ...]) -> None:
+    """Raise unless ``x`` has the channels that the layer was made for.
 
     Raises:
-        ValueError: the input does not have the channels that the layer was made for.
+        ValueError: it does not.
     """
-    at = x.ndim - len(shape) if layout == "token" else 1
+    at = _channel_dim(x.ndim, layout, shape)
     if x.ndim <= at or at < 0 or tuple(x.shape[at : at + len(shape)]) != shape:
         where = "in its last dimensions" if layout == "token" else "in dimension 1"
         raise ValueError(f"ILMNorm expected an input with {shape} {where} (layout {layout!r}), got {tuple(x.shape)}")
-    outer = math.prod(x.shape[:at])
-    return x.reshape(outer, shape[0], math.prod(x.shape[at + 1 :]))
+
+
+def canonical(x: Tensor, layout: Layout, shape: tuple[int, ...]) -> Tensor:
+    """View ``x`` as ``(A, C, S)``; no copy for contiguous and channels_last inputs."""
+    at = _channel_dim(x.ndim, layout, shape)
+    return x.reshape(math.prod(x.shape[:at]), shape[0], math.prod(x.shape[at + 1 :]))
 
 
 def _grouped(x: Tensor, groups: int) -> Tensor:
@@ -139,68 +159,77 @@ def predict(features: Tensor, meta: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         The embeddings ``(2, M, e)`` and the decoded ``(2, M, K)``: ``tanh(z / 2)``, which is ``2 D_scale - 1``, and
         ``D_shift``.
     """
-    encoder, scale_decoder, shift_decoder = (w.to(features.dtype) for w in meta)
+    encoder, scale_decoder, shift_decoder = meta
     hidden = F.relu(F.linear(features, encoder))
     return hidden, torch.tanh(torch.bmm(hidden, torch.stack((scale_decoder / 2, shift_decoder)).mT))
 
 
-def rescaling(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    meta: Sequence[Tensor],
-    gains: Sequence[Tensor] | None,
-    num_key_groups: int,
-    how: Standardization,
-) -> tuple[Tensor, Tensor]:
-    """Scale and shift of stage 2 for the canonical ``x``: ``(A, C, 1 or S)`` each."""
-    channels = x.shape[1]
+class Parameters(NamedTuple):
+    """The tensors of one layer; None where it has none.
 
-    def per_element(parameter: Tensor) -> Tensor:
-        return parameter.to(x.dtype).reshape(1, channels, -1)
+    Attributes:
+        weight, bias: per element, or None for a constant 1 and 0.
+        encoder, scale_decoder, shift_decoder: the predictor, ``(e, K)`` and twice ``(K, e)``.
+        scale_gain, shift_gain: factors per element on the predictions, or None for 1.
+    """
 
-    def spread(prediction: Tensor, which: int) -> Tensor:
-        channelwise = prediction.repeat_interleave(channels // num_key_groups, dim=2).mT
-        return channelwise if gains is None else channelwise * per_element(gains[which])
+    weight: Tensor | None
+    bias: Tensor | None
+    encoder: Tensor
+    scale_decoder: Tensor
+    shift_decoder: Tensor
+    scale_gain: Tensor | None = None
+    shift_gain: Tensor | None = None
 
-    mean, var = (feature.squeeze(2).mT for feature in group_moments(x, num_key_groups, how))
-    _, decoded = predict(torch.stack((var, mean)).reshape(2, -1, num_key_groups), meta)
-    d_scale, d_shift = decoded[0].reshape(mean.shape) / 2, decoded[1].reshape(mean.shape)
-    scale = spread(d_scale, 0) + (1.0 if weight is None else per_element(weight))
-    shift = spread(d_shift, 1)
-    return scale, shift if bias is None else shift + per_element(bias)
+    def to(self, dtype: torch.dtype) -> Parameters:
+        """The same tensors in ``dtype``."""
+        return Parameters(*(None if p is None else p.to(dtype) for p in self))  # type: ignore[arg-type]
 
 
-def ilm_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    meta: Sequence[Tensor],
-    gains: Sequence[Tensor] | None,
-    shape: tuple[int, ...],
-    num_groups: int,
-    num_key_groups: int,
-    how: Standardization,
-) -> Tensor:
-    """ILM-Norm of ``x`` in its own layout.
+class Config(NamedTuple):
+    """What does not change from tensor to tensor.
 
-    Args:
-        x: the input, see the module docstring.
-        weight, bias: of ``shape``, or None for a constant 1 and 0.
-        meta: the predictor's encoder ``(e, K)`` and its scale and shift decoders ``(K, e)``.
-        gains: factors of ``shape`` on the predicted scale and shift, or None for 1.
+    Attributes:
         shape: the channels, or the whole ``normalized_shape``.
         num_groups: ``G`` of stage 1.
         num_key_groups: ``K``.
         how: stage 1.
     """
-    if x.ndim == how.unbatched_ndim:
-        batched = ilm_norm(x.unsqueeze(0), weight, bias, meta, gains, shape, num_groups, num_key_groups, how)
-        return batched.squeeze(0)
-    dtype = how.output_dtype(x, weight)
-    with torch.autocast(x.device.type, enabled=False):
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        flat = canonical(wide, how.layout, shape)
-        scale, shift = rescaling(flat, weight, bias, meta, gains, num_key_groups, how)
-        standardized = canonical(standardize(wide, shape, num_groups, how), how.layout, shape)
-        return torch.addcmul(shift, standardized, scale).to(dtype).reshape(x.shape)
+
+    shape: tuple[int, ...]
+    num_groups: int
+    num_key_groups: int
+    how: Standardization
+
+
+def rescaling(x: Tensor, parameters: Parameters, config: Config) -> tuple[Tensor, Tensor]:
+    """Scale and shift of stage 2 for the canonical ``x``: ``(A, C, 1 or S)`` each."""
+    channels, keys = x.shape[1], config.num_key_groups
+
+    def per_element(parameter: Tensor) -> Tensor:
+        return parameter.reshape(1, channels, -1)
+
+    def spread(prediction: Tensor, gain: Tensor | None) -> Tensor:
+        channelwise = prediction.reshape(mean.shape).repeat_interleave(channels // keys, dim=2).mT
+        return channelwise if gain is None else channelwise * per_element(gain)
+
+    mean, var = (feature.squeeze(2).mT for feature in group_moments(x, keys, config.how))
+    _, decoded = predict(torch.stack((var, mean)).reshape(2, -1, keys), parameters[2:5])
+    scale = spread(decoded[0] / 2, parameters.scale_gain)
+    shift = spread(decoded[1], parameters.shift_gain)
+    scale = scale + (1.0 if parameters.weight is None else per_element(parameters.weight))
+    return scale, shift if parameters.bias is None else shift + per_element(parameters.bias)
+
+
+def plain_ilm_norm(x: Tensor, parameters: Parameters, config: Config) -> Tensor:
+    """ILM-Norm of ``x`` in its own layout, as the module docstring writes it; any layout, any transform of torch.
+
+    Args:
+        x: in the dtype of the parameters.
+        parameters: the layer's tensors.
+        config: the layer's constants.
+    """
+    shape, groups, _, how = config
+    scale, shift = rescaling(canonical(x, how.layout, shape), parameters, config)
+    standardized = canonical(standardize(x, shape, groups, how), how.layout, shape)
+    return torch.addcmul(shift, standardized, scale).reshape(x.shape)

@@ -8,7 +8,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ilmconvert.nn.functional import Standardization, ilm_norm
+from ilmconvert.nn.functional import Config, Parameters, Standardization, check_shape, plain_ilm_norm
+from ilmconvert.nn.fused import fused_ilm_norm
 from ilmconvert.nn.grouping import bottleneck, key_groups, nearest_groups
 from ilmconvert.nn.predictor import MetaPredictor
 
@@ -141,14 +142,8 @@ class ILMNorm(nn.Module):
         """Normalize ``x``."""
         return ilm_norm(
             x,
-            self.weight,
-            self.bias,
-            self.predictor.weights(),
-            None if self.scale_gain is None or self.shift_gain is None else (self.scale_gain, self.shift_gain),
-            self.normalized_shape,
-            self.num_groups,
-            self.num_key_groups,
-            self.standardization,
+            Parameters(self.weight, self.bias, *self.predictor.weights(), self.scale_gain, self.shift_gain),
+            Config(self.normalized_shape, self.num_groups, self.num_key_groups, self.standardization),
         )
 
     def __repr__(self) -> str:
@@ -195,6 +190,29 @@ def _parameter(
     shape: tuple[int, ...], present: bool, device: torch.device | None, dtype: torch.dtype | None
 ) -> nn.Parameter | None:
     return nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if present else None
+
+
+def ilm_norm(x: Tensor, parameters: Parameters, config: Config) -> Tensor:
+    """ILM-Norm as a function: computed in float32 at least, returned in the dtype the base norm returns.
+
+    Args:
+        x: the input, see :mod:`ilmconvert.nn.functional` for the layouts.
+        parameters: the layer's tensors.
+        config: the layer's constants.
+
+    Raises:
+        ValueError: an input with other channels.
+    """
+    how = config.how
+    if x.ndim == how.unbatched_ndim:
+        return ilm_norm(x.unsqueeze(0), parameters, config).squeeze(0)
+    check_shape(x, how.layout, config.shape)
+    dtype = how.output_dtype(x, parameters.weight)
+    with torch.autocast(x.device.type, enabled=False):
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        same = parameters.to(wide.dtype)
+        y = fused_ilm_norm(wide, same, config)
+        return (plain_ilm_norm(wide, same, config) if y is None else y).to(dtype)
 
 
 torch.fx.wrap("ilm_norm")  # a plain symbolic_trace records one call instead of tracing through it
