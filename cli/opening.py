@@ -20,6 +20,7 @@ def open_model(
     checkpoint: Path | None = None,
     model_args: tuple[tuple[str, Any], ...] = (),
     original: bool = False,
+    trust_factory: bool = False,
 ) -> nn.Module:
     """Build or load the model that a MODEL argument means.
 
@@ -27,6 +28,7 @@ def open_model(
         name: a timm name, a saved folder, or ``package.module:factory``.
         pretrained, checkpoint, model_args: as the options say.
         original: of a saved folder, give the original norms back.
+        trust_factory: call the factory that a saved folder names.
     """
     from ilmconvert.checkpoint import is_saved, load_conversion, load_weights
     from ilmconvert.sources import build
@@ -36,7 +38,7 @@ def open_model(
             raise UsageError(
                 f"{name!r} is a saved conversion with weights of its own; leave out --pretrained and --model-arg"
             )
-        conversion = load_conversion(name)
+        conversion = load_conversion(name, trust_factory=trust_factory)
         model = conversion.revert() if original else conversion.model
     else:
         model = build(name, pretrained=pretrained, model_args=dict(model_args))

@@ -9,7 +9,14 @@ from typing import Any, TypeVar
 
 import click
 
-__all__ = ["CONVERSION_FIELDS", "conversion_options", "input_size_option", "json_option", "model_options"]
+__all__ = [
+    "CONVERSION_FIELDS",
+    "conversion_options",
+    "input_size_option",
+    "json_option",
+    "model_options",
+    "trust_factory_option",
+]
 
 CONVERSION_FIELDS = (
     "bn_to",
@@ -72,6 +79,9 @@ def _all(*decorators: Callable[[Command], Command]) -> Callable[[Command], Comma
 input_size_option = click.option(
     "--input-size", type=InputSize(), help="Shape of one sample; timm models declare their own."
 )
+trust_factory_option = click.option(
+    "--trust-factory", is_flag=True, help="Call the factory that a saved folder names. Only for folders you trust."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 
 model_options = _all(
@@ -86,6 +96,7 @@ model_options = _all(
     click.option(
         "--model-arg", "model_args", type=KeyValue(), multiple=True, help="Argument for building MODEL; repeatable."
     ),
+    trust_factory_option,
     input_size_option,
 )
 

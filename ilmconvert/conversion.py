@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import fx, nn
 
-from ilmconvert.errors import ModelError
+from ilmconvert.errors import ModelError, UsageError
 from ilmconvert.graph import find_sites
 from ilmconvert.graph.inputs import example_inputs as resolve_inputs
 from ilmconvert.graph.inputs import first_tensor
 from ilmconvert.graph.shadow import copy_model
 from ilmconvert.graph.tracer import TraceError, trace
+from ilmconvert.nn import ILMNorm, ILMNormAct
 from ilmconvert.options import ConvertOptions
 from ilmconvert.plan import Plan, make_plan
 from ilmconvert.report import Report
@@ -68,16 +70,32 @@ class Conversion:
 
         Straight after :func:`convert`, its state dict is that of the original, bit for bit.
         """
-        model = copy_model(self.model)
+        current = self.current()
+        model, originals = copy.deepcopy((current.model, current.originals))
         replacements: dict[str, nn.Module] = {}
-        for decision in self.plan.converted:
-            norm = copy.deepcopy(self.originals[decision.path])
-            layer = get_module(model, decision.path)
+        for decision in current.plan.converted:
+            norm, layer = originals[decision.path], get_module(model, decision.path)
             norm.train(layer.training)
-            like = first_tensor(layer)
-            norm.to(device=None if like is None else like.device)
+            if isinstance(layer, ILMNormAct):
+                norm.drop, norm.act = layer.drop, layer.act
+            if (like := first_tensor(layer)) is not None:
+                norm.to(like.device, like.dtype)
             replacements.update(dict.fromkeys(decision.site.paths, norm))
         return replace_modules_(model, replacements)
+
+    def current(self) -> Conversion:
+        """This conversion as the model stands now, without layers replaced since (a head that was reset)."""
+        gone = {d.path for d in self.plan.converted if not isinstance(_module_at(self.model, d.path), ILMNorm)}
+        if not gone:
+            return self
+        reason = "the layer was replaced after the conversion"
+        decisions = tuple(
+            replace(d, action="skip", target=None, code="replaced", reason=reason) if d.path in gone else d
+            for d in self.plan.decisions
+        )
+        report = replace(self.report, plan=replace(self.plan, decisions=decisions))
+        originals = {path: norm for path, norm in self.originals.items() if path not in gone}
+        return replace(self, report=report, originals=originals)
 
     def save(
         self,
@@ -116,6 +134,8 @@ def inspect(
         >>> [(d.path, d.norm, d.action) for d in report.plan.decisions]
         [('1', 'BatchNorm2d', 'convert')]
     """
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"expected a torch.nn.Module, got {model!r}; build it first (timm.create_model(name))")
     wanted = ConvertOptions.of(options, fields)
     search = find_sites(model, resolve_inputs(model, example_inputs))
     plan = make_plan(search, wanted, type(model).__name__)
@@ -178,5 +198,13 @@ def _carry_out(model: nn.Module, report: Report, progress: Progress | None) -> C
         if progress is not None:
             progress("converting", done, total)
 
-    converted, originals = rewrite(model, report.plan, on_site=step)
+    with torch.inference_mode(False):  # inference tensors could not be trained
+        converted, originals = rewrite(model, report.plan, on_site=step)
     return Conversion(converted, report, originals, Source.of(model))
+
+
+def _module_at(model: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None

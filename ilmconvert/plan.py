@@ -32,7 +32,6 @@ class Decision:
         action: ``convert`` or ``skip``.
         target: the choices for the new layer, when converted.
         code, reason: why it is skipped: a short code and a sentence.
-        preserves: the converted layer starts with the norm's own output.
         notes: what was adjusted or could not be checked.
     """
 
@@ -41,7 +40,6 @@ class Decision:
     target: Target | None = None
     code: str | None = None
     reason: str | None = None
-    preserves: bool = False
     notes: tuple[str, ...] = ()
 
     @property
@@ -53,6 +51,14 @@ class Decision:
     def norm(self) -> str:
         """The norm's short class name."""
         return self.site.class_name
+
+    @property
+    def preserves(self) -> bool:
+        """Whether the converted layer starts with the norm's own output."""
+        target, spec = self.target, self.site.spec
+        if target is None or spec is None:
+            return False
+        return spec.preserves and target.mode == "preserve" and target.num_groups == spec.num_groups
 
     @property
     def added_parameters(self) -> int:
@@ -84,6 +90,11 @@ class Plan:
     untraced: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     version: int = PLAN_VERSION
+
+    def __post_init__(self) -> None:
+        paths = [path for decision in self.decisions for path in decision.site.paths]
+        if twice := sorted({path for path in paths if paths.count(path) > 1}):
+            raise ValueError(f"one decision for each norm, got several for {', '.join(twice[:3])}")
 
     @property
     def converted(self) -> tuple[Decision, ...]:
@@ -143,8 +154,7 @@ def _decide(site: Site, options: ConvertOptions, shapes_known: bool) -> Decision
         if target is not None:
             unused = site.calls == 0 and shapes_known
             notes += ("it does not run in the model's current mode",) if unused else ()
-            preserves = site.spec.preserves and options.mode == "preserve"
-            return Decision(site, "convert", target, preserves=preserves, notes=notes)
+            return Decision(site, "convert", target, notes=notes)
         refusal = Refusal("single-value", "each instance has a single value here, which standardizes to zero")
     return Decision(site, "skip", code=refusal.code if refusal else None, reason=refusal.reason if refusal else None)
 

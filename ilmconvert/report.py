@@ -52,9 +52,14 @@ class Report:
     def warnings(self) -> tuple[str, ...]:
         """What the user must know before relying on the converted model."""
         changed = [d for d in self.converted if not d.preserves]
+        idle = [d.path for d in self.converted if d.site.calls == 0]
+        notes = self.plan.notes
+        if idle:
+            several = f"{', '.join(idle[:3])}{' and more' if len(idle) > 3 else ''}"
+            notes = (f"{plural(len(idle), 'norm')} did not run in the model's current mode: {several}", *notes)
         if not changed:
-            return self.plan.notes
-        if self.plan.options.mode == "paper":
+            return notes
+        if all(d.target and d.target.mode == "paper" for d in changed):
             first = f"{plural(len(changed), 'layer')} start from the paper's initialisation: the model must be trained"
         else:
             first = (
@@ -62,7 +67,7 @@ class Report:
                 "instance-level norm can reproduce; starting from their running statistics keeps only a part of the "
                 "accuracy, so train the model before relying on it"
             )
-        return (first, *self.plan.notes)
+        return (first, *notes)
 
     def conversions(self) -> list[tuple[str, str, int]]:
         """(from, to, count) of the converted norms, in order of appearance."""
@@ -91,6 +96,9 @@ class Report:
         lines = [f"{self.plan.model}: {plural(len(self.converted), 'norm')} converted, {len(self.skipped)} skipped"]
         lines += [f"  {n} x {norm} -> {target}" for norm, target, n in self.conversions()]
         lines += [f"  skipped {n} x {norm}: {reason}" for norm, reason, n in self.skips()]
+        if self.plan.untraced:
+            pieces = plural(len(self.plan.untraced), "module")
+            lines += [f"  {pieces} could not be traced by torch.fx; their norms were found piece by piece"]
         lines += [f"  parameters added: {self.added_parameters:,} ({self.added_percent:.2f} %)"]
         return "\n".join([*lines, *(f"  warning: {w}" for w in self.warnings)])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 from torch import Tensor, nn
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 from ilmconvert.errors import PlanError
 from ilmconvert.graph.inputs import first_tensor
 from ilmconvert.graph.shadow import copy_model
+from ilmconvert.graph.sites import norm_paths
+from ilmconvert.nn import ILMNorm
 from ilmconvert.norms import Entry, build_ilm, class_name, find
 from ilmconvert.plan import Decision, Plan
 
@@ -32,16 +35,28 @@ def rewrite(
         PlanError: a path is missing, holds another class or another norm than the plan says, or a number of groups
             does not divide its channels.
     """
-    copy = copy_model(model)
-    fallback = first_tensor(copy)
-    originals = {decision.path: _checked(copy, decision) for decision in plan.converted}
+    result = copy_model(model)
+    _check_complete(result, plan)
+    fallback = first_tensor(result)
+    norms = {decision.path: _checked(result, decision) for decision in plan.converted}
+    originals = copy.deepcopy(norms)  # together, so that parameters they share stay shared
     replacements: dict[str, nn.Module] = {}
     for decision in plan.converted:
-        replacement = _replacement(originals[decision.path], decision, fallback)
+        replacement = _replacement(norms[decision.path], decision, fallback)
         replacements.update(dict.fromkeys(decision.site.paths, replacement))
         if on_site is not None:
             on_site(decision)
-    return replace_modules_(copy, replacements), originals
+    return replace_modules_(result, replacements), originals
+
+
+def _check_complete(model: nn.Module, plan: Plan) -> None:
+    """A norm that the plan says nothing of must not be passed over."""
+    planned = {path for decision in plan.decisions for path in decision.site.paths}
+    if missing := [paths[0] for paths in norm_paths(model).values() if not planned & set(paths)]:
+        raise PlanError(
+            f"expected a decision for every norm, but the plan has none for {', '.join(missing[:3])}; make the plan "
+            "anew, or skip the norm in it"
+        )
 
 
 def _checked(model: nn.Module, decision: Decision) -> nn.Module:
@@ -91,4 +106,18 @@ def replace_modules_(model: nn.Module, replacements: dict[str, nn.Module]) -> nn
     for path, replacement in replacements.items():
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, replacement)
+    _set_fused_paths_(model)
     return model
+
+
+def _set_fused_paths_(model: nn.Module) -> None:
+    """``nn.TransformerEncoderLayer`` has a kernel that reads its norms' weights instead of calling them: off with ILM.
+
+    The attribute is torch's own: 1 or 2 for the activation that the kernel knows, 0 for none, which it does not take.
+    """
+    for layer in model.modules():
+        if isinstance(layer, nn.TransformerEncoderLayer):
+            converted = any(isinstance(norm, ILMNorm) for norm in (layer.norm1, layer.norm2))
+            kinds = (1, (nn.functional.relu, nn.ReLU)), (2, (nn.functional.gelu, nn.GELU))
+            known = [n for n, (call, kind) in kinds if layer.activation is call or isinstance(layer.activation, kind)]
+            layer.activation_relu_or_gelu = 0 if converted or not known else known[0]

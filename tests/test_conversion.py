@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 import ilmconvert
-from ilmconvert.errors import ModelError
+from ilmconvert.errors import ModelError, UsageError
 from ilmconvert.nn import ILMNorm
+from ilmconvert.verification import relative_difference
 from tests.helpers import all_finite, randomize_norms, relative, same_state
 from tests.models import AuxiliaryHead, Branching, Bypass, Functional, TiedNorm, small_cnn
 
@@ -232,3 +233,119 @@ def test_verify_leaves_both_models_alone() -> None:
     assert same_state(states[1], converted)
     assert all(m.training for m in (*model.modules(), *converted.modules()))
     assert all(p.grad is None for p in converted.parameters())
+
+
+def test_tied_parameters_stay_tied() -> None:
+    model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.LayerNorm(8))
+    model[2].weight = model[0].weight
+    model[1].bias = model[0].bias
+    conversion = ilmconvert.convert(model)
+    converted = conversion.model
+    assert converted[0].weight is converted[2].weight
+    assert converted[0].bias is converted[1].bias
+    assert converted[0].weight is not model[0].weight
+    reverted = conversion.revert()
+    assert reverted[0].weight is reverted[2].weight
+    assert same_state(model, reverted)
+
+
+def test_revert_after_training_gives_the_original_norms() -> None:
+    model = randomize_norms(nn.Sequential(nn.LayerNorm(8), nn.BatchNorm1d(8)))
+    conversion = ilmconvert.convert(model)
+    with torch.no_grad():
+        for parameter in conversion.model.parameters():
+            parameter.zero_()
+    assert same_state(model, conversion.revert())
+    assert {p.dtype for p in ilmconvert.convert(model).revert().double().parameters()} == {torch.float64}
+
+
+def test_revert_follows_a_change_of_dtype() -> None:
+    conversion = ilmconvert.convert(nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8)))
+    conversion.model.double()
+    assert conversion.revert()(torch.randn(2, 4, dtype=torch.float64)).dtype == torch.float64
+
+
+def test_model_whose_deepcopy_copies_nothing_is_refused() -> None:
+    class Stubborn(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.LayerNorm(4)
+
+        def __deepcopy__(self, memo: dict) -> Stubborn:
+            return self
+
+    model = nn.Sequential(Stubborn())
+    with pytest.raises(ModelError, match="returns the model's own LayerNorm, Stubborn"):
+        ilmconvert.convert(model)
+    assert isinstance(model[0].norm, nn.LayerNorm)
+
+
+def test_transformer_encoder_layer_does_not_go_around_its_norms() -> None:
+    """torch's fused inference kernel reads the norms' weights: off for ILM layers, and on again after revert."""
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
+    conversion = ilmconvert.convert(model, example_inputs=torch.randn(2, 5, 16))
+    for parameter in conversion.model.layers[0].norm1.predictor.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(2, 5, 16)
+    with torch.no_grad():
+        inference = conversion.model(x)
+    assert relative(conversion.model(x.requires_grad_()), inference) < 1e-5
+    assert [layer.activation_relu_or_gelu for layer in conversion.revert().layers] == [1, 1]
+
+
+def test_users_hooks_do_not_see_fake_tensors() -> None:
+    seen = []
+    model = small_cnn()
+    model[1].register_forward_hook(lambda module, args, output: seen.append(output))
+    converted = ilmconvert.convert(model, example_inputs=IMAGE)
+    assert seen == []
+    converted.model[1].register_forward_hook(lambda *_: seen.append("new"))
+    converted.revert()(IMAGE)
+    assert len(seen) == 1
+    assert "new" not in seen
+
+
+def test_converted_under_inference_mode_can_be_trained() -> None:
+    with torch.inference_mode():
+        converted = ilmconvert.convert(nn.Sequential(nn.BatchNorm1d(4))).model
+    converted(torch.randn(3, 4)).sum().backward()
+    assert converted[0].weight.grad is not None
+
+
+def test_wrong_argument_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="expected a torch.nn.Module, got 'resnet18'; build it first"):
+        ilmconvert.convert("resnet18")
+
+
+def test_torchscript_is_a_clear_error() -> None:
+    with pytest.warns(FutureWarning):
+        scripted = torch.jit.script(nn.Sequential(nn.LayerNorm(4)))
+    with pytest.raises(ModelError, match="expected Python modules, got TorchScript"):
+        ilmconvert.convert(scripted)
+
+
+def test_idle_norms_are_told() -> None:
+    report = ilmconvert.convert(AuxiliaryHead().eval(), example_inputs=IMAGE).report
+    assert "1 norm did not run in the model's current mode: aux" in str(report)
+
+
+def test_verify_compares_something() -> None:
+    class Wrapped(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> object:
+            return type("Result", (), {"value": super().forward(x)})()
+
+    found = checks(Wrapped(nn.LayerNorm(4)), Wrapped(nn.LayerNorm(4)), torch.randn(2, 4))
+    assert found["output shapes"].passed is False
+
+
+def test_verify_takes_equal_infinities_as_equal() -> None:
+    class Masked(nn.Sequential):
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).masked_fill(mask, -torch.inf)
+
+    model = Masked(nn.LayerNorm(4))
+    inputs = (torch.randn(2, 4), torch.tensor([True, False, False, True]))
+    found = checks(model, ilmconvert.convert(model, example_inputs=inputs).model, inputs)
+    assert found["outputs"].passed
+    assert relative_difference([torch.ones(1)], []) == float("inf")
+    assert relative_difference([torch.tensor([torch.nan, 1.0])], [torch.tensor([1.0, torch.nan])]) == float("inf")

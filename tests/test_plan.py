@@ -158,6 +158,9 @@ def test_round_trip_of_any_values(target: Target, notes: tuple[str, ...], eps: f
         (lambda d: d["decisions"][0]["target"].update(num_groups="2"), r"target.num_groups to be int, got '2'"),
         (lambda d: d["decisions"][0].update(target=None), "expected a target for '1'"),
         (lambda d: d["decisions"][0].pop("site"), "to be complete"),
+        (lambda d: d["decisions"][0]["target"].update(hidden_features=0), "hidden_features must be at least 1"),
+        (lambda d: d["decisions"][0]["site"].update(paths=[]), "a site must have a path"),
+        (lambda d: d["decisions"].append(d["decisions"][0]), "one decision for each norm, got several for 1"),
         (lambda d: d["options"].update(bn_to="no"), "bn_to to be one of"),
     ],
 )
@@ -211,6 +214,19 @@ def test_plan_with_groups_that_do_not_divide_is_refused() -> None:
     wrong = dataclasses.replace(plan, decisions=(dataclasses.replace(plan.decisions[0], target=Target(3, 1, 2)),))
     with pytest.raises(PlanError, match=r"at '': ILMNorm expected num_groups to divide its 8 channels, got 3"):
         ilmconvert.apply_plan(nn.GroupNorm(2, 8), wrong)
+
+
+def test_plan_that_leaves_a_norm_out_is_refused() -> None:
+    plan = ilmconvert.inspect(small_cnn()).plan
+    with pytest.raises(PlanError, match="the plan has none for 4"):
+        ilmconvert.apply_plan(small_cnn(), dataclasses.replace(plan, decisions=plan.decisions[:1]))
+
+
+def test_exactness_follows_an_edit() -> None:
+    plan = ilmconvert.inspect(nn.GroupNorm(8, 16)).plan
+    assert plan.decisions[0].preserves
+    for target in (Target(4, 1, 2), Target(8, 1, 2, mode="paper")):
+        assert not dataclasses.replace(plan.decisions[0], target=target).preserves
 
 
 def test_bottleneck_of_mode_paper_follows_the_release() -> None:

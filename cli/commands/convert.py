@@ -35,6 +35,7 @@ def convert(
     pretrained: bool,
     checkpoint: Path | None,
     model_args: tuple[tuple[str, Any], ...],
+    trust_factory: bool,
     input_size: tuple[int, ...] | None,
     output: Path | None,
     plan_file: Path | None,
@@ -59,7 +60,14 @@ def convert(
     if output is not None and not dry_run:
         check_target(output, force=force)  # before any work is done
     plan = None if plan_file is None else _read_plan(plan_file, context)
-    opened = open_model(model, pretrained=pretrained, checkpoint=checkpoint, model_args=model_args, original=True)
+    opened = open_model(
+        model,
+        pretrained=pretrained,
+        checkpoint=checkpoint,
+        model_args=model_args,
+        original=True,
+        trust_factory=trust_factory,
+    )
     report = _plan(opened, plan, input_size, options)
     if dry_run or output is None:
         _print_dry_run(report, as_json)
@@ -92,7 +100,7 @@ def _plan(model: nn.Module, plan: Plan | None, input_size: tuple[int, ...] | Non
     import ilmconvert
 
     if plan is not None:
-        return ilmconvert.Report(plan, sum(p.numel() for p in model.parameters()))
+        return ilmconvert.apply_plan(model, plan).report  # a plan of another model is refused here
     return ilmconvert.inspect(model, example_inputs=sample_inputs(model, input_size), **options)
 
 

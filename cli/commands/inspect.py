@@ -19,19 +19,28 @@ def inspect(
     pretrained: bool,
     checkpoint: Path | None,
     model_args: tuple[tuple[str, Any], ...],
+    trust_factory: bool,
     input_size: tuple[int, ...] | None,
     as_json: bool,
     **options: Any,
 ) -> None:
     """List every norm of MODEL and what convert would do with it.
 
-    With --json it prints the plan, which convert --plan carries out, edited or not.
+    With --json it prints the plan, which convert --plan carries out, edited or not. A saved folder as MODEL stands for
+    its original norms.
     """
     from ilmconvert_cli.render.report import print_sites, print_summary
 
     import ilmconvert
 
-    opened = open_model(model, pretrained=pretrained, checkpoint=checkpoint, model_args=model_args)
+    opened = open_model(
+        model,
+        pretrained=pretrained,
+        checkpoint=checkpoint,
+        model_args=model_args,
+        original=True,
+        trust_factory=trust_factory,
+    )
     report = ilmconvert.inspect(opened, example_inputs=sample_inputs(opened, input_size), **options)
     if as_json:
         click.echo(report.plan.to_json(), nl=False)

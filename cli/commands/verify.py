@@ -7,17 +7,24 @@ from pathlib import Path
 
 import click
 from ilmconvert_cli.opening import sample_inputs
-from ilmconvert_cli.options import input_size_option, json_option
+from ilmconvert_cli.options import input_size_option, json_option, trust_factory_option
 
 
 @click.command()
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@trust_factory_option
 @input_size_option
 @click.option("--tolerance", type=float, default=1e-5, show_default=True, help="Relative output difference allowed.")
 @json_option
 @click.pass_context
 def verify(
-    context: click.Context, /, folder: Path, input_size: tuple[int, ...] | None, tolerance: float, as_json: bool
+    context: click.Context,
+    /,
+    folder: Path,
+    trust_factory: bool,
+    input_size: tuple[int, ...] | None,
+    tolerance: float,
+    as_json: bool,
 ) -> None:
     """Compare the converted model in DIR with its original norms put back.
 
@@ -28,7 +35,7 @@ def verify(
 
     import ilmconvert
 
-    conversion = ilmconvert.load_conversion(folder)
+    conversion = ilmconvert.load_conversion(folder, trust_factory=trust_factory)
     inputs = sample_inputs(conversion.model, input_size)
     result = ilmconvert.verify(conversion.revert(), conversion.model, inputs, tolerance=tolerance)
     if as_json:

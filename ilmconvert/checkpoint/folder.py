@@ -23,12 +23,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
 from ilmconvert.checkpoint.card import model_card
 from ilmconvert.checkpoint.weights import check_keys
-from ilmconvert.errors import CheckpointError, OutputExistsError, PlanError
+from ilmconvert.errors import CheckpointError, IlmconvertError, OutputExistsError, PlanError
 from ilmconvert.plan import Plan
 from ilmconvert.rewrite import rewrite
 from ilmconvert.sources import Source, build
@@ -46,11 +47,14 @@ WEIGHTS, NORMS, CONFIG, PLAN, CARD = (
     "plan.json",
     "README.md",
 )
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FILES = (WEIGHTS, NORMS, CONFIG, PLAN, CARD)
 
 
 def is_saved(path: str | Path) -> bool:
     """Whether ``path`` is a folder that :func:`save` wrote."""
-    return (Path(path) / PLAN).is_file() and (Path(path) / CONFIG).is_file()
+    folder = Path(path)
+    return (folder / PLAN).is_file() and (folder / CONFIG).is_file() and "ilmconvert" in _read_json(folder / CONFIG)
 
 
 def save(
@@ -75,36 +79,62 @@ def save(
         The folder.
 
     Raises:
-        OutputExistsError: the folder exists, and either ``force`` is False or it is no saved conversion.
+        OutputExistsError: the folder exists, and either ``force`` is False or it holds something else.
+        CheckpointError: the model has state that safetensors cannot write.
 
     Warns:
-        UserWarning: a timm model that was changed after it was built, so that its name does not rebuild it.
+        UserWarning: a timm model that its name does not rebuild (changed by hand, or built with arguments that are no
+            JSON values).
     """
+    conversion = conversion.current()
     source = Source("factory", factory, model_args or {}) if factory else _trusted(conversion)
+    plan, card = conversion.plan.to_json(), model_card(conversion, source)
+    config = _json(_config(conversion, source))
     with write_beside(path, force=force) as folder:
-        save_model(conversion.model, str(folder / WEIGHTS), metadata={"format": "pt"})
-        save_file(_norm_tensors(conversion.originals), str(folder / NORMS), metadata={"format": "pt"})
-        (folder / PLAN).write_text(conversion.plan.to_json(), encoding="utf-8")
-        (folder / CONFIG).write_text(json.dumps(_config(conversion, source), indent=1) + "\n", encoding="utf-8")
-        (folder / CARD).write_text(model_card(conversion, source), encoding="utf-8")
+        _write_weights(conversion, folder)
+        (folder / PLAN).write_text(plan, encoding="utf-8")
+        (folder / CONFIG).write_text(config, encoding="utf-8")
+        (folder / CARD).write_text(card, encoding="utf-8")
     return Path(path)
 
 
-def load(path: str | Path, *, model: nn.Module | None = None) -> nn.Module:
-    """The converted model of a saved folder, in evaluation mode, weights in.
+def _write_weights(conversion: Conversion, folder: Path) -> None:
+    try:
+        save_model(conversion.model, str(folder / WEIGHTS), metadata={"format": "pt"})
+        save_file(norm_tensors(conversion.originals), str(folder / NORMS), metadata={"format": "pt"})
+    except (RuntimeError, AttributeError, NotImplementedError, ValueError) as error:
+        raise CheckpointError(
+            f"expected a state dict of plain tensors with data of their own, but {conversion.plan.model} has another "
+            f"kind, which safetensors cannot write: {' '.join(str(error).split())[:300]}"
+        ) from error
+
+
+def _json(config: dict[str, Any]) -> str:
+    try:
+        return json.dumps(config, indent=1) + "\n"
+    except TypeError as error:
+        raise CheckpointError(f"expected model_args of JSON types, but: {error}") from error
+
+
+def load(path: str | Path, *, model: nn.Module | None = None, trust_factory: bool = False) -> nn.Module:
+    """The converted model of a saved folder, in evaluation mode, weights in, in the dtypes it was saved with.
+
+    Modes and ``requires_grad`` flags are not saved.
 
     Args:
         path: the folder.
         model: the rebuilt original, where the folder does not tell how to build it. It is left as it is.
+        trust_factory: import and call the factory that the folder names, for a model that is not timm's. Only do so
+            with folders you trust: any importable function can be named.
 
     Raises:
         CheckpointError: not a saved conversion, a damaged one, or weights that do not fit.
         PlanError: ``model`` is not what the plan was made for.
     """
-    return load_conversion(path, model=model).model
+    return load_conversion(path, model=model, trust_factory=trust_factory).model
 
 
-def load_conversion(path: str | Path, *, model: nn.Module | None = None) -> Conversion:
+def load_conversion(path: str | Path, *, model: nn.Module | None = None, trust_factory: bool = False) -> Conversion:
     """As :func:`load`, with the plan, the report and the original norms: it can be reverted and saved again."""
     from ilmconvert.conversion import Conversion
     from ilmconvert.report import Report
@@ -113,8 +143,8 @@ def load_conversion(path: str | Path, *, model: nn.Module | None = None) -> Conv
     if not is_saved(folder):
         raise CheckpointError(f"expected a folder saved by ilmconvert (with {CONFIG} and {PLAN}) at {str(folder)!r}")
     plan = _read_plan(folder)
-    config = _read_json(folder / CONFIG)
-    original = _rebuild(folder, config) if model is None else model
+    config = _read_config(folder)
+    original = _rebuild(folder, config, trust_factory) if model is None else model
     converted, originals = rewrite(original, plan)
     _load_strictly(converted, folder / WEIGHTS)
     _restore_norms(originals, folder / NORMS)
@@ -126,15 +156,20 @@ def check_target(path: str | Path, *, force: bool) -> Path:
     """The folder to write, if it may be written.
 
     Raises:
-        OutputExistsError: it exists, and either ``force`` is False or it is no saved conversion.
+        OutputExistsError: it exists, and either ``force`` is False or there is something else than a saved conversion.
     """
-    target = Path(path)
-    if target.exists() and not force:
+    target = Path(path).resolve()
+    if Path.cwd().is_relative_to(target):
+        raise OutputExistsError(f"expected a folder of its own, got {str(path)!r}, which holds the working directory")
+    if not target.exists():
+        return target
+    if not force:
         raise OutputExistsError(f"expected a new folder, but {str(target)!r} exists; choose another or give --force")
-    if target.exists() and not is_saved(target) and (target.is_file() or any(target.iterdir())):
+    foreign = [str(path)] if target.is_file() else sorted(p.name for p in target.iterdir() if p.name not in FILES)
+    if foreign or (any(target.iterdir()) and not is_saved(target)):
         raise OutputExistsError(
-            f"expected {str(target)!r} to be a conversion saved before, the only thing --force replaces; it is "
-            "something else: choose another folder"
+            f"expected only a conversion saved before in {str(target)!r}, the one thing --force replaces; there is "
+            f"something else{': ' if foreign else ''}{', '.join(foreign[:5])}. Choose another folder"
         )
     return target
 
@@ -149,16 +184,22 @@ def write_beside(path: str | Path, *, force: bool) -> Iterator[Path]:
     target = check_target(path, force=force)
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    aside = beside.with_name(f"{beside.name}.old")
     try:
         yield beside
         beside.chmod(0o777 & ~_umask())
         for file in beside.iterdir():
             file.chmod(0o666 & ~_umask())
         if target.exists():
-            shutil.rmtree(target)
+            target.replace(aside)
         beside.replace(target)
+    except BaseException:
+        if aside.exists() and not target.exists():
+            aside.replace(target)
+        raise
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        for leftover in (beside, aside):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _umask() -> int:
@@ -175,10 +216,12 @@ def _trusted(conversion: Conversion) -> Source | None:
     if source is None:
         return None
     try:
+        json.dumps(source.model_args)
         with torch.device("meta"):
             rebuilt, _ = rewrite(build(source.name, model_args=source.model_args), conversion.plan)
         check_keys(rebuilt.state_dict(), conversion.model.state_dict(), source.name)
-    except (CheckpointError, PlanError) as error:
+        _timm_config(conversion.model)
+    except (IlmconvertError, TypeError, ValueError, AttributeError) as error:
         warnings.warn(
             f"{source.name} does not rebuild this model, so load() will need model=...: {error}", stacklevel=3
         )
@@ -194,12 +237,17 @@ def _config(conversion: Conversion, source: Source | None) -> dict[str, Any]:
         return {"ilmconvert": ours}
     if source.kind == "factory":
         return {"ilmconvert": {**ours, "factory": source.name, "model_args": source.model_args}}
+    return {**_timm_config(conversion.model), "ilmconvert": ours}
+
+
+def _timm_config(model: nn.Module) -> dict[str, Any]:
+    """The config.json that timm itself would write."""
     from timm.models._hub import save_config_for_hf
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / CONFIG
-        save_config_for_hf(conversion.model, str(file))
-        return {**_read_json(file), "ilmconvert": ours}
+        save_config_for_hf(model, str(file))
+        return _read_json(file)
 
 
 def _source(config: dict[str, Any]) -> Source | None:
@@ -211,16 +259,32 @@ def _source(config: dict[str, Any]) -> Source | None:
     return None
 
 
-def _rebuild(folder: Path, config: dict[str, Any]) -> nn.Module:
+def _rebuild(folder: Path, config: dict[str, Any], trust_factory: bool) -> nn.Module:
     source = _source(config)
     if source is None:
         raise CheckpointError(
             f"the folder {str(folder)!r} does not tell how to build its {config.get('ilmconvert', {}).get('model')}; "
             "rebuild the original and load with ilmconvert.load(folder, model=original)"
         )
+    if source.kind == "factory" and not trust_factory:
+        raise CheckpointError(
+            f"the folder {str(folder)!r} asks to import and call {source.name!r}; if you trust it, load with "
+            "trust_factory=True (--trust-factory on the command line), or give the rebuilt original as model="
+        )
     if source.kind == "factory":
         return build(source.name, model_args=source.model_args)
     return build(f"local-dir:{folder}")
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    config = _read_json(folder / CONFIG)
+    ours = config["ilmconvert"]
+    if not isinstance(ours, dict) or ours.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"expected format_version {FORMAT_VERSION} under 'ilmconvert' in {str(folder / CONFIG)!r}, got {ours!r}; "
+            "it may come from a newer release"
+        )
+    return config
 
 
 def _read_plan(folder: Path) -> Plan:
@@ -242,6 +306,11 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _load_strictly(model: nn.Module, file: Path) -> None:
     try:
+        with safe_open(file, "pt") as stored:
+            dtypes = {name: stored.get_slice(name).get_dtype() for name in stored.keys()}  # noqa: SIM118
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if dtypes.get(name) in _DTYPES:
+                tensor.data = tensor.data.to(_DTYPES[dtypes[name]])
         load_model(model, str(file))
     except Exception as error:
         raise CheckpointError(
@@ -249,11 +318,13 @@ def _load_strictly(model: nn.Module, file: Path) -> None:
         ) from error
 
 
-def _norm_tensors(originals: dict[str, nn.Module]) -> dict[str, Tensor]:
+def norm_tensors(originals: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """The norms' own tensors by full name; those of a fused activation belong to the model."""
     return {
         f"{path}.{name}".lstrip("."): tensor.detach().contiguous().clone()
         for path, norm in originals.items()
         for name, tensor in norm.state_dict().items()
+        if "." not in name
     }
 
 
@@ -262,6 +333,8 @@ def _restore_norms(originals: dict[str, nn.Module], file: Path) -> None:
         tensors = load_file(str(file))
     except Exception as error:
         raise CheckpointError(f"the original norms in {str(file)!r} cannot be read: {error}") from error
-    check_keys(_norm_tensors(originals), tensors, str(file))
+    check_keys(norm_tensors(originals), tensors, str(file))
     for path, norm in originals.items():
-        norm.load_state_dict({name: tensors[f"{path}.{name}".lstrip(".")] for name in norm.state_dict()})
+        for name, tensor in (*norm.named_parameters(recurse=False), *norm.named_buffers(recurse=False)):
+            if (stored := tensors.get(f"{path}.{name}".lstrip("."))) is not None:
+                tensor.data = stored

@@ -10,21 +10,28 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parameter import is_lazy
 
 from ilmconvert.errors import ModelError
 
-__all__ = ["copy_model", "refuse_lazy", "shadow"]
+__all__ = ["copy_model", "refuse_opaque", "shadow"]
 
 
-def refuse_lazy(model: nn.Module) -> None:
-    """Raise for parameters that get their shape only in the first forward pass.
+def refuse_opaque(model: nn.Module) -> None:
+    """Raise for what cannot be looked into: TorchScript, and parameters without a shape yet.
 
     Raises:
-        ModelError: naming the first such parameter.
+        ModelError: naming the first such module or parameter.
     """
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ModelError(
+                f"expected Python modules, got TorchScript at {name!r}, whose norms cannot be seen; convert the model "
+                "before scripting it"
+            )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(tensor):
             raise ModelError(
@@ -49,19 +56,39 @@ def shadow(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
         fake = mode.from_tensor(tensor.detach())
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(fake, requires_grad=tensor.requires_grad) if is_parameter else fake
-    return _deepcopy(model, memo)
+    result = _deepcopy(model, memo)
+    for module in result.modules():
+        _drop_user_hooks(module)
+    return result
+
+
+def _drop_user_hooks(module: nn.Module) -> None:
+    """The user's hooks must not see fake tensors; torch's own (pruning, weight_norm) compute weights and stay."""
+    for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        hooks = vars(module).get(name, {})
+        for key, hook in list(hooks.items()):
+            home = getattr(hook, "__module__", None) or type(hook).__module__
+            if not home.startswith("torch."):
+                del hooks[key]
 
 
 def _deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     for tensor in _computed_tensors(model):
         memo.setdefault(id(tensor), tensor.detach().clone())
     try:
-        return copy.deepcopy(model, memo)
+        result = copy.deepcopy(model, memo)
     except Exception as error:
         raise ModelError(
             f"expected a model that copy.deepcopy can copy, got {type(model).__name__}, which fails with: {error}. "
             "Remove what cannot be copied (locks, open files, generators) and convert again"
         ) from error
+    if shared := set(result.modules()) & set(model.modules()):
+        names = ", ".join(sorted({type(m).__name__ for m in shared}))
+        raise ModelError(
+            f"expected copy.deepcopy to copy every module, but it returns the model's own {names} (a __deepcopy__ that "
+            "copies nothing?); converting would change the model itself"
+        )
+    return result
 
 
 def _computed_tensors(model: nn.Module) -> Iterator[Tensor]:

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ilmconvert.graph.explore import Exploration
 from ilmconvert.graph.inputs import Inputs
 from ilmconvert.graph.run import Run, record_run
-from ilmconvert.graph.shadow import refuse_lazy, shadow
+from ilmconvert.graph.shadow import refuse_opaque, shadow
 from ilmconvert.norms import Entry, NormSpec, Refusal, class_name, find
 
 __all__ = ["Site", "SiteSearch", "find_sites", "norm_paths"]
@@ -45,6 +45,10 @@ class Site:
     found: str = "walk"
     calls: int | None = None
     input_shapes: tuple[tuple[int, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.paths:
+            raise ValueError("a site must have a path")
 
     @property
     def path(self) -> str:
@@ -89,7 +93,7 @@ def find_sites(model: nn.Module, inputs: Inputs | None = None) -> SiteSearch:
     Raises:
         ModelError: a lazy module, or a model that cannot be copied.
     """
-    refuse_lazy(model)
+    refuse_opaque(model)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     copy = shadow(model, mode)
     norms = norm_paths(copy)
@@ -98,7 +102,7 @@ def find_sites(model: nn.Module, inputs: Inputs | None = None) -> SiteSearch:
     in_order = dict.fromkeys([*run.shapes, *exploration.found, *norms])  # what ran first, then what was seen first
     sites = [_site(module, norms[module], exploration, run) for module in in_order]
     return SiteSearch(
-        sites=(*sites, *functional_sites(exploration)),
+        sites=(*sites, *_functional_sites(exploration, run), *_unregistered_sites(copy)),
         untraced=exploration.untraced,
         run_error=run.error,
         shapes_known=inputs is not None and run.error is None,
@@ -142,30 +146,58 @@ def _site(module: nn.Module, paths: tuple[str, ...], exploration: Exploration, r
     )
 
 
-def functional_sites(exploration: Exploration) -> Iterator[Site]:
+def _functional_sites(exploration: Exploration, run: Run) -> Iterator[Site]:
     """Norms that are a call and no module: reported, and refused with what they are."""
+    seen = set()
     for owner, node, function in exploration.functional:
-        yield Site(
-            paths=(f"{owner}:{node.name}" if owner else node.name,),
-            norm=function,
-            refusal=_weight_standardization(node) or _FUNCTIONAL,
-            found="graph",
-            calls=1,
-        )
+        seen.add((owner, function))
+        yield _functional_site(owner, node.name, function, _on_weight(node), "graph")
+    for call in run.functional:
+        if (call.owner, call.function) not in seen:
+            yield _functional_site(call.owner, call.function.rsplit(".", 1)[-1], call.function, call.on_weight, "run")
+
+
+def _functional_site(owner: str, name: str, function: str, on_weight: bool, found: str) -> Site:
+    refusal = _WEIGHT_STANDARDIZATION if on_weight else _FUNCTIONAL
+    return Site((f"{owner}:{name}" if owner else name,), function, refusal=refusal, found=found, calls=1)
 
 
 _FUNCTIONAL = Refusal("functional", "the norm is a function call, not a module")
+_WEIGHT_STANDARDIZATION = Refusal("weight-standardization", "it standardizes a convolution's weight, not an activation")
+_UNREGISTERED = Refusal(
+    "unregistered", "it is kept in a plain Python container, where no state dict sees it; use ModuleList or ModuleDict"
+)
 
 
-def _weight_standardization(node: fx.Node) -> Refusal | None:
-    """A norm whose input is computed from parameters alone standardizes a weight."""
+def _unregistered_sites(model: nn.Module) -> Iterator[Site]:
+    """Norms in plain lists, tuples and dicts: torch does not know them as submodules."""
+    registered = set(model.modules())
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            items = (
+                value.items()
+                if isinstance(value, dict)
+                else enumerate(value)
+                if isinstance(value, (list, tuple))
+                else ()
+            )
+            for key, item in items if not name.startswith("_") else ():
+                hidden = item.named_modules() if isinstance(item, nn.Module) and item not in registered else ()
+                for inner, norm in hidden:
+                    if find(norm) is not None:
+                        full = ".".join(part for part in (path, f"{name}[{key!r}]", inner) if part)
+                        yield Site((full,), class_name(type(norm)), refusal=_UNREGISTERED, training=norm.training)
+
+
+def _on_weight(node: fx.Node) -> bool:
+    """Whether a norm's input is computed from parameters alone: then it standardizes a weight."""
     seen, stack = set(), [node.args[0] if node.args else node.kwargs.get("input")]
     while stack:
         source = stack.pop()
         if not isinstance(source, fx.Node) or source in seen:
             continue
         if source.op in ("placeholder", "call_module"):
-            return None
+            return False
         seen.add(source)
         stack.extend(source.all_input_nodes)
-    return Refusal("weight-standardization", "it standardizes a convolution's weight, not an activation")
+    return True

@@ -18,7 +18,11 @@ __all__ = ["FUNCTIONAL_NORMS", "NormTracer", "TraceError", "concrete_defaults", 
 FUNCTIONAL_NORMS: dict[Callable[..., Any], str] = {
     getattr(module, name): f"{prefix}.{name}"
     for module, prefix in ((torch, "torch"), (torch.nn.functional, "torch.nn.functional"))
-    for name in ("batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm")
+    for name in (
+        *("batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"),
+        *("native_batch_norm", "native_group_norm", "native_layer_norm"),
+    )
+    if hasattr(module, name)
 }
 
 

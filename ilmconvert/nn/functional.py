@@ -34,6 +34,7 @@ __all__ = [
     "Layout",
     "Parameters",
     "Standardization",
+    "autocast_enabled",
     "canonical",
     "check_shape",
     "group_moments",
@@ -44,6 +45,11 @@ __all__ = [
 ]
 
 Layout = Literal["sample", "position", "token"]
+
+
+def autocast_enabled(x: Tensor) -> bool:
+    """Whether autocast is on for the tensor's device; devices that know no autocast (meta) never have it on."""
+    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ class Standardization:
         """The dtype the plain norm would return for ``x`` here, autocast included."""
         if self.output == "promoted":
             return x.dtype if weight is None else torch.promote_types(x.dtype, weight.dtype)
-        if self.output == "input" or not torch.is_autocast_enabled(x.device.type):
+        if self.output == "input" or not autocast_enabled(x):
             return x.dtype
         probe = x.new_empty(1, 1, 2)  # torch alone knows what autocast does to each kernel on each device
         if self.scale_by == "rms":
@@ -106,12 +112,13 @@ def check_shape(x: Tensor, layout: Layout, shape: tuple[int, ...]) -> None:
 def canonical(x: Tensor, layout: Layout, shape: tuple[int, ...]) -> Tensor:
     """View ``x`` as ``(A, C, S)``; no copy for contiguous and channels_last inputs."""
     at = _channel_dim(x.ndim, layout, shape)
-    return x.reshape(math.prod(x.shape[:at]), shape[0], math.prod(x.shape[at + 1 :]))
+    outer, inner = math.prod(list(x.shape[:at])), math.prod(list(x.shape[at + 1 :]))
+    return x.reshape(outer, shape[0], inner)
 
 
 def _grouped(x: Tensor, groups: int) -> Tensor:
     """``(A, C, S)`` as ``(A, groups, C / groups, S)``."""
-    return x.reshape(x.shape[0], groups, -1, x.shape[2])
+    return x.reshape(x.shape[0], groups, x.shape[1] // groups, x.shape[2])
 
 
 def group_moments(x: Tensor, groups: int, how: Standardization) -> tuple[Tensor, Tensor]:
@@ -120,7 +127,7 @@ def group_moments(x: Tensor, groups: int, how: Standardization) -> tuple[Tensor,
     A group of a single value has variance 0 whatever ``how.unbiased`` says: never NaN.
     """
     grouped = _grouped(x, groups)
-    count = math.prod(grouped.shape[d] for d in how.reduced)
+    count = math.prod([grouped.shape[d] for d in how.reduced])
     var, mean = torch.var_mean(grouped, how.reduced, correction=int(how.unbiased and count > 1), keepdim=True)
     return mean, var
 
@@ -214,7 +221,7 @@ def rescaling(x: Tensor, parameters: Parameters, config: Config) -> tuple[Tensor
         return channelwise if gain is None else channelwise * per_element(gain)
 
     mean, var = (feature.squeeze(2).mT for feature in group_moments(x, keys, config.how))
-    _, decoded = predict(torch.stack((var, mean)).reshape(2, -1, keys), parameters[2:5])
+    _, decoded = predict(torch.stack((var, mean)).reshape(2, mean.shape[0] * mean.shape[1], keys), parameters[2:5])
     scale = spread(decoded[0] / 2, parameters.scale_gain)
     shift = spread(decoded[1], parameters.shift_gain)
     scale = scale + (1.0 if parameters.weight is None else per_element(parameters.weight))
@@ -232,4 +239,6 @@ def plain_ilm_norm(x: Tensor, parameters: Parameters, config: Config) -> Tensor:
     shape, groups, _, how = config
     scale, shift = rescaling(canonical(x, how.layout, shape), parameters, config)
     standardized = canonical(standardize(x, shape, groups, how), how.layout, shape)
-    return torch.addcmul(shift, standardized, scale).reshape(x.shape)
+    y = torch.addcmul(shift, standardized, scale).reshape(x.shape)
+    native = how.center and how.scale_by == "var" and not how.unbiased
+    return y if how.layout != "position" or native or not x.is_contiguous() else y.contiguous()

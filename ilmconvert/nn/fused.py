@@ -28,7 +28,7 @@ from ilmconvert.nn.functional import Config, Parameters, plain_ilm_norm, predict
 
 __all__ = ["fused_ilm_norm"]
 
-_OFFSET = 100.0  # mean^2 / variance beyond which E[x^2] - E[x]^2 loses digits that count
+_OFFSET = 300.0  # mean^2 / variance from which on a variance by E[x^2] - E[x]^2 is not taken
 
 
 def fused_ilm_norm(x: Tensor, parameters: Parameters, config: Config) -> Tensor | None:
@@ -56,18 +56,24 @@ def _transformed(x: Tensor) -> bool:
 
 
 def _moments(rows: Tensor, unbiased: bool) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each row, from two passes that only read."""
+    """Mean and variance of each row, from two passes that only read.
+
+    ``E[x^2] - E[x]^2`` loses digits where the mean is large against the deviation; those rows are done over.
+    """
     count = rows.shape[1]
     correction = int(unbiased and count > 1)
-    if rows.is_cuda:
+    if not rows.is_cpu:  # there the direct way is fast, and a look at the values would wait for the device
         var, mean = torch.var_mean(rows, 1, correction=correction)
         return mean, var
     mean = rows.mean(1)
     square = mean.square()
-    var = torch.linalg.vector_norm(rows, dim=1).square().div_(count).sub_(square).clamp_(min=0)
-    if bool((square > _OFFSET * var).any()):
-        return mean, torch.var(rows, 1, correction=correction)
-    return mean, var.mul_(count / (count - correction))
+    var = torch.linalg.vector_norm(rows, dim=1).square_().div_(count).sub_(square).clamp_(min=0)
+    excess = square.sub_(var, alpha=_OFFSET)
+    var.mul_(count / (count - correction))
+    if excess.amax() > 0:
+        lossy = excess.gt(0).nonzero().squeeze(1)
+        var[lossy] = torch.var(rows[lossy], 1, correction=correction)
+    return mean, var
 
 
 def _moment_gradients(grad: Tensor, x: Tensor, mean: Tensor, d_mean: Tensor, d_var: Tensor, unbiased: bool) -> None:
@@ -213,16 +219,12 @@ class _Token(torch.autograd.Function):
         d_shift = grad.view_as(rows).sum(1).view(-1, keys)
         products = grad * tokens
         d_scale = torch.addcmul(products.view_as(rows).sum(1).view(-1, keys), d_shift, mu, value=-1).mul_(rstd)
-        d_weight = d_bias = None
-        if weight is not None:
-            d_weight = (rstd.T @ products - (rstd * mu).T @ grad).view_as(weight)
-        if bias is not None:
-            d_bias = grad.sum(0).view_as(bias)
+        wanted = [False, weight is not None and ctx.needs_input_grad[1], bias is not None and ctx.needs_input_grad[2]]
+        sizes = ((channels,), mu, rstd)
+        _, d_weight, d_bias = torch.ops.aten.native_layer_norm_backward(grad, tokens, *sizes, weight, bias, wanted)
         scaled = products.copy_(grad) if weight is None else torch.mul(grad, weight, out=products)
         scaled.view_as(rows).addcmul_(grad.view_as(rows), (decoded[0] / 2).view(-1, 1))
-        d_x, _, _ = torch.ops.aten.native_layer_norm_backward(
-            scaled, tokens, (channels,), mu, rstd, None, None, [True, False, False]
-        )
+        d_x, _, _ = torch.ops.aten.native_layer_norm_backward(scaled, tokens, *sizes, None, None, [True, False, False])
         meta = (encoder, scale_decoder, shift_decoder)
         d_decoded = torch.stack((d_scale / 2, d_shift))
         d_features, *d_meta = _predict_backward(d_decoded, features, hidden, decoded, meta)

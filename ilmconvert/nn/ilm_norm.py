@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from ilmconvert.nn.functional import Config, Parameters, Standardization, check_shape, plain_ilm_norm
+from ilmconvert.nn.functional import (
+    Config,
+    Parameters,
+    Standardization,
+    autocast_enabled,
+    check_shape,
+    plain_ilm_norm,
+)
 from ilmconvert.nn.fused import fused_ilm_norm
 from ilmconvert.nn.grouping import bottleneck, key_groups, nearest_groups
 from ilmconvert.nn.predictor import MetaPredictor
@@ -47,7 +55,8 @@ class ILMNorm(nn.Module):
     Shape:
         - layout ``sample`` and ``position``: ``(N, C, *)``, any number of spatial dimensions, also none.
         - layout ``token``: ``(*, *normalized_shape)``.
-        - output: as the input, in its memory format. Statistics are computed in float32 at least.
+        - output: as the input, in the memory format that the base norm returns. Statistics are computed in float32 at
+          least.
 
     Raises:
         ValueError: group counts that do not divide the channels, an unknown mode, or (in ``forward``) an input with
@@ -90,7 +99,10 @@ class ILMNorm(nn.Module):
         self.num_groups = self._divisor("num_groups", num_groups, default)
         self.num_key_groups = self._divisor("num_key_groups", num_key_groups, key_groups(self.num_channels))
         grouped = 1 < self.num_groups < self.num_channels
-        self.hidden_features = hidden_features or bottleneck(self.num_key_groups, mode=mode, grouped=grouped)
+        default_hidden = bottleneck(self.num_key_groups, mode=mode, grouped=grouped)
+        self.hidden_features = default_hidden if hidden_features is None else hidden_features
+        if self.hidden_features < 1:
+            raise ValueError(f"ILMNorm expected hidden_features of at least 1, got {hidden_features}")
 
         shape = self.normalized_shape
         self.weight = _parameter(shape, weight, device, dtype)
@@ -138,10 +150,10 @@ class ILMNorm(nn.Module):
             for linear in (self.predictor.encoder, self.predictor.scale_decoder, self.predictor.shift_decoder):
                 linear.reset_parameters()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize ``x``."""
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (torch's norms call it so, and may be called by keyword)
+        """Normalize ``input``."""
         return ilm_norm(
-            x,
+            input,
             Parameters(self.weight, self.bias, *self.predictor.weights(), self.scale_gain, self.shift_gain),
             Config(self.normalized_shape, self.num_groups, self.num_key_groups, self.standardization),
         )
@@ -176,9 +188,9 @@ class ILMNormAct(ILMNorm):
     drop: nn.Module
     act: nn.Module
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize ``x``, then drop, then activate."""
-        return self.act(self.drop(super().forward(x)))  # type: ignore[no-any-return]
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        """Normalize ``input``, then drop, then activate."""
+        return self.act(self.drop(super().forward(input)))  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
         """As :class:`ILMNorm`, with what follows the norm."""
@@ -208,7 +220,9 @@ def ilm_norm(x: Tensor, parameters: Parameters, config: Config) -> Tensor:
         return ilm_norm(x.unsqueeze(0), parameters, config).squeeze(0)
     check_shape(x, how.layout, config.shape)
     dtype = how.output_dtype(x, parameters.weight)
-    with torch.autocast(x.device.type, enabled=False):
+    if x.numel() == 0:  # no instance, no statistics
+        return x.to(dtype, copy=True)
+    with torch.autocast(x.device.type, enabled=False) if autocast_enabled(x) else nullcontext():
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         same = parameters.to(wide.dtype)
         y = fused_ilm_norm(wide, same, config)

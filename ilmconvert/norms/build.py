@@ -35,12 +35,18 @@ class Target:
     mode: Mode = "preserve"
     gains: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("num_groups", "num_key_groups", "hidden_features"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
 
 def build_ilm(module: nn.Module, handler: NormHandler, target: Target, *, like: Tensor | None = None) -> ILMNorm:
     """Return an ILM layer that starts as ``module``: its scale and shift, eps, device, dtype, flags and hooks.
 
     Args:
-        module: the norm; it is read, never changed. Its ``drop`` and ``act`` submodules are shared with the result.
+        module: the norm; it is read, never changed. The result takes over its ``drop`` and ``act`` submodules and,
+            where the scale and shift stay what they are, its parameters.
         handler: the registered handler of the norm's class.
         target: grouping, mode and gains.
         like: gives device and dtype where the norm has no floating-point tensor of its own.
@@ -69,15 +75,21 @@ def build_ilm(module: nn.Module, handler: NormHandler, target: Target, *, like: 
         layer.drop, layer.act = module.drop, module.act
     for name in _HOOKS:
         if name in vars(module):
-            setattr(layer, name, getattr(module, name))
+            value = getattr(module, name)
+            setattr(layer, name, value.copy() if isinstance(value, dict) else value)
     return layer
 
 
 @torch.no_grad()
 def _copy_affine(module: nn.Module, layer: ILMNorm, handler: NormHandler) -> None:
     weight, bias = handler.affine(module, layer.num_groups)
-    for parameter, source in ((layer.weight, weight), (layer.bias, bias)):
-        if parameter is not None and source is not None:
+    for name, source in (("weight", weight), ("bias", bias)):
+        parameter = getattr(layer, name)
+        if parameter is None or source is None:
+            continue
+        if isinstance(source, nn.Parameter) and source.shape == parameter.shape and layer.mode == "preserve":
+            setattr(layer, name, source)  # the same object: what is tied to it stays tied
+        else:
             parameter.copy_(source.reshape(parameter.shape))
     if layer.mode == "paper" and layer.weight is not None and weight is not None:
         layer.weight.add_(0.5)  # the paper's B_omega takes the norm's scale; weight = B_omega + 1/2

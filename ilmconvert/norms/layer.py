@@ -36,7 +36,7 @@ class Layer(NormHandler):
             output="input" if returns_input_dtype(module) else "native",
         )
         return NormSpec(
-            shape=tuple(module.normalized_shape),  # type: ignore[arg-type]
+            shape=tuple(int(length) for length in module.normalized_shape),  # type: ignore[union-attr]
             num_groups=1,
             standardization=how,
             weight=module.weight is not None,

@@ -157,16 +157,19 @@ def _accept(module: nn.Module, cls: type, entry: Entry) -> Entry | Refusal:
             f"{type(module).__name__} overrides the forward of {cls.__name__}, so what it computes is not known; "
             "register the class with ilmconvert.norms.register to convert it",
         )
-    if hasattr(module, "parametrizations"):
-        return Refusal("parametrized", "its weight or bias is parametrized (torch.nn.utils.parametrize)")
+    computed = [name for name in ("weight", "bias") if isinstance(vars(module).get(name), Tensor)]
+    if computed or hasattr(module, "parametrizations"):
+        return Refusal("parametrized", "its weight or bias is computed (parametrized, pruned or weight-normalized)")
     return entry
 
 
 def _suspect(module: nn.Module) -> Refusal | None:
-    """A class of unknown origin that calls itself a norm and holds no other norm is reported, not passed over."""
+    """A class of unknown origin that calls itself a norm is reported, not passed over; not if it holds other layers."""
     name = type(module).__name__
     looks = "norm" in name.lower() and not name.startswith(_NEVER_NORMS)
-    if not looks or any(True for _ in module.children()):
+    if not looks or any(
+        find(m) or next(m.parameters(False), None) is not None for m in module.modules() if m is not module
+    ):
         return None
     return Refusal(
         "unknown-norm",

@@ -42,7 +42,7 @@ class Rms(NormHandler):
             eps=module.eps,  # type: ignore[arg-type]
             output="input" if returns_input_dtype(module) else self.output,
         )
-        shape = tuple(module.normalized_shape)  # type: ignore[arg-type]
+        shape = tuple(int(length) for length in module.normalized_shape)  # type: ignore[union-attr]
         return NormSpec(shape, 1, how, weight=module.weight is not None, bias=False, has_act=has_act(module))
 
 

@@ -98,7 +98,9 @@ def test_factory_and_rebuilt_model(tmp_path: Path) -> None:
     model = randomize_norms(small_cnn(24))
     conversion = ilmconvert.convert(model)
     by_name = conversion.save(tmp_path / "by_name", factory="tests.models:small_cnn", model_args={"channels": 24})
-    assert same_state(conversion.model, ilmconvert.load(by_name))
+    assert same_state(conversion.model, ilmconvert.load(by_name, trust_factory=True))
+    with pytest.raises(CheckpointError, match="asks to import and call 'tests.models:small_cnn'; if you trust it"):
+        ilmconvert.load(by_name)
     without = conversion.save(tmp_path / "without")
     assert same_state(conversion.model, ilmconvert.load(without, model=small_cnn(24)))
     with pytest.raises(CheckpointError, match=r"does not tell how to build its Sequential; .*model=original"):
@@ -139,6 +141,20 @@ def test_nothing_is_overwritten_without_force(tmp_path: Path) -> None:
     with pytest.raises(OutputExistsError, match="something else"):
         conversion.save(other, force=True)
     assert (other / "thesis.txt").read_text() == "mine"
+    (folder / "train.log").write_text("mine too")
+    with pytest.raises(OutputExistsError, match="something else: train.log"):
+        conversion.save(folder, force=True)
+    assert (folder / "train.log").exists()
+
+
+@pytest.mark.parametrize("output", [".", "..", "../here"])
+def test_the_working_directory_is_never_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str) -> None:
+    conversion = ilmconvert.convert(small_cnn())
+    here = conversion.save(tmp_path / "here")
+    monkeypatch.chdir(here)
+    with pytest.raises(OutputExistsError, match="holds the working directory"):
+        conversion.save(output, force=True)
+    assert len(list(here.iterdir())) == 5
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -175,6 +191,8 @@ def drop_key(folder: Path) -> None:
         (drop_key, "do not load: .*0.weight"),
         (lambda f: (f / "plan.json").write_text("{"), "the plan in .* cannot be read"),
         (lambda f: (f / "config.json").write_text("[]"), "expected a JSON object"),
+        (lambda f: (f / "config.json").write_text('{"ilmconvert": []}'), "expected format_version 1"),
+        (lambda f: (f / "config.json").write_text('{"ilmconvert": {"format_version": 99}}'), "from a newer release"),
         (lambda f: (f / "config.json").unlink(), "expected a folder saved by ilmconvert"),
         (lambda f: (f / "original_norms.safetensors").write_bytes(b"no"), "the original norms in .* cannot be read"),
     ],
@@ -183,7 +201,7 @@ def test_damaged_folders_are_refused(tmp_path: Path, damage: object, message: st
     folder = ilmconvert.convert(small_cnn()).save(tmp_path / "saved", factory="tests.models:small_cnn")
     damage(folder)
     with pytest.raises(CheckpointError, match=message):
-        ilmconvert.load(folder)
+        ilmconvert.load(folder, trust_factory=True)
 
 
 def test_channels_last_and_fine_tuned_weights(tmp_path: Path) -> None:
@@ -192,5 +210,49 @@ def test_channels_last_and_fine_tuned_weights(tmp_path: Path) -> None:
         for p in conversion.model.parameters():
             p.add_(torch.randn_like(p))
     folder = conversion.save(tmp_path / "saved", factory="tests.models:small_cnn")
-    assert same_state(conversion.model, ilmconvert.load(folder))
-    assert any(isinstance(m, ILMNorm) for m in ilmconvert.load(folder).modules())
+    loaded = ilmconvert.load(folder, trust_factory=True)
+    assert same_state(conversion.model, loaded)
+    assert any(isinstance(m, ILMNorm) for m in loaded.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_dtypes_are_restored(tmp_path: Path, dtype: torch.dtype) -> None:
+    conversion = ilmconvert.convert(timm.create_model("test_vit").to(dtype))
+    loaded = ilmconvert.load(conversion.save(tmp_path / "saved"))
+    assert same_state(conversion.model, loaded)
+
+
+def test_model_with_a_new_head_of_norms(tmp_path: Path) -> None:
+    """levit's classifier holds norms: after a reset they are new ones that the conversion knows nothing of."""
+    conversion = ilmconvert.convert(timm.create_model("levit_128s"))
+    conversion.model.reset_classifier(5)
+    loaded = ilmconvert.load_conversion(conversion.save(tmp_path / "saved"))
+    assert same_state(conversion.model, loaded.model)
+    assert {d.path: d.code for d in loaded.report.skipped} == {"head.bn": "replaced", "head_dist.bn": "replaced"}
+    assert isinstance(conversion.revert().head.bn, nn.BatchNorm1d)
+
+
+def test_arguments_that_are_no_json_are_saved_with_a_warning(tmp_path: Path) -> None:
+    model = timm.create_model("test_vit", norm_layer=nn.LayerNorm)
+    conversion = ilmconvert.convert(model)
+    with pytest.warns(UserWarning, match=r"load\(\) will need model="):
+        folder = conversion.save(tmp_path / "saved")
+    assert same_state(conversion.model, ilmconvert.load(folder, model=model))
+
+
+def test_state_that_safetensors_cannot_write_is_a_clear_error(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.LayerNorm(4))
+    model.register_buffer("wide", torch.zeros(1).expand(4))
+    with pytest.raises(CheckpointError, match="which safetensors cannot write"):
+        ilmconvert.convert(model).save(tmp_path / "saved")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_trained_activation_is_not_overwritten_by_the_original_norms(tmp_path: Path) -> None:
+    norm = timm.layers.BatchNormAct2d(8, act_layer=nn.PReLU)
+    conversion = ilmconvert.convert(nn.Sequential(norm))
+    nn.init.constant_(conversion.model[0].act.weight, 0.7)
+    folder = conversion.save(tmp_path / "saved")
+    loaded = ilmconvert.load_conversion(folder, model=nn.Sequential(norm))
+    assert loaded.model[0].act.weight.item() == pytest.approx(0.7)
+    assert loaded.revert()[0].act.weight.item() == pytest.approx(0.7)

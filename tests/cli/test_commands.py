@@ -42,8 +42,8 @@ def test_convert_inspect_and_verify(capsys: Output) -> None:
     assert "13 of 13 run" in printed
     assert "all checks passed" in printed
 
-    assert main(["inspect", "out"]) == 0
-    assert "0 norms would be converted, 0 skipped" in capsys.readouterr().out
+    assert main(["inspect", "out"]) == 0  # its original norms
+    assert "13 norms would be converted, 0 skipped" in capsys.readouterr().out
 
 
 def test_inspect_lists_every_site(capsys: Output) -> None:
@@ -91,11 +91,12 @@ def test_factory_model_with_arguments(capsys: Output) -> None:
     )
     arguments = ["mymodels:net", "--model-arg", "channels=24", "--input-size", "3,12,12"]
     assert main(["convert", *arguments, "-o", "out"]) == 0
-    assert ilmconvert.load("out")[0].out_channels == 24
-    capsys.readouterr()
-    assert main(["verify", "out", "--input-size", "3,12,12", "--json"]) == 0
+    assert ilmconvert.load("out", trust_factory=True)[0].out_channels == 24
+    assert main(["verify", "out", "--input-size", "3,12,12"]) == 1
+    assert "--trust-factory" in capsys.readouterr().err
+    assert main(["verify", "out", "--trust-factory", "--input-size", "3,12,12", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["passed"] is True
-    assert main(["verify", "out"]) == 2
+    assert main(["verify", "out", "--trust-factory"]) == 2
     assert "declares no input size" in capsys.readouterr().err
 
 
@@ -105,6 +106,20 @@ def test_saved_folder_is_converted_anew_from_its_original_norms(capsys: Output) 
     first, second = ilmconvert.load_conversion("a"), ilmconvert.load_conversion("b")
     assert same_state(first.revert(), second.revert())
     assert second.plan.options.bn_to == "instance"
+
+
+def test_plan_of_another_model_is_refused_in_a_dry_run_too(capsys: Output) -> None:
+    assert main(["inspect", "test_resnet", "--json"]) == 0
+    Path("plan.json").write_text(capsys.readouterr().out)
+    assert main(["convert", "test_vit", "--plan", "plan.json", "--dry-run"]) == 1
+    assert "the plan has none for blocks.0.norm1" in capsys.readouterr().err
+
+
+def test_verify_in_mode_paper_does_not_expect_equality(capsys: Output) -> None:
+    assert main(["convert", "test_vit", "--mode", "paper", "-o", "out"]) == 0
+    assert main(["verify", "out"]) == 0
+    assert "equality is not expected" in capsys.readouterr().out
+    assert main(["verify", "out", "--tolerance", "-1"]) == 2
 
 
 def test_verify_fails_on_a_damaged_model(capsys: Output) -> None:
@@ -132,7 +147,7 @@ def test_verify_fails_on_a_damaged_model(capsys: Output) -> None:
         (["convert", "test_vit"], 2, "Missing option '--output'"),
         (["convert", "test_vit", "-o", "out", "--plan", "none.json"], 2, "the plan 'none.json' cannot be read"),
         (["convert", "test_vit", "-o", "out", "--plan", "x", "--gains"], 2, "expected --plan alone, got --gains too"),
-        (["convert", "test_vit", "-o", "."], 2, "exists; choose another or give --force"),
+        (["convert", "test_vit", "-o", "."], 2, "holds the working directory"),
         (
             ["convert", "test_vit", "--checkpoint", "none.pth", "-o", "out"],
             1,

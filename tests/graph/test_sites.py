@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from ilmconvert.errors import ModelError, UsageError
 from ilmconvert.graph import example_inputs, find_sites
@@ -138,3 +139,60 @@ def test_example_inputs_of_another_kind_are_refused() -> None:
 
 def test_keyword_inputs() -> None:
     assert sites(nn.LayerNorm(4), {"input": torch.randn(3, 4)})[""].input_shapes == ((3, 4),)
+
+
+class Untraced(nn.Module):
+    """A functional norm in a module that torch.fx cannot follow, and norms that torch does not know of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.hidden = [nn.LayerNorm(8), nn.Sequential(nn.GroupNorm(2, 8))]
+        self.named = {"a": nn.BatchNorm1d(8)}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if bool((x.shape[0] > 0) and x.is_contiguous()):
+            x = torch.nn.functional.layer_norm(x, (8,))
+        for norm in self.hidden:
+            x = norm(x)
+        return self.norm(x)
+
+
+def test_functional_norms_of_untraceable_modules_are_seen_in_the_run() -> None:
+    codes = {path: site.refusal.code for path, site in sites(Untraced(), torch.randn(2, 8)).items() if site.refusal}
+    assert codes["layer_norm"] == "functional"
+    hidden = {path for path, code in codes.items() if code == "unregistered"}
+    assert hidden == {"hidden[0]", "hidden[1].0", "named['a']"}
+
+
+def test_timm_functions_are_seen_through() -> None:
+    class Fast(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return timm.layers.fast_norm.fast_layer_norm(x, [8])
+
+    (site,) = sites(nn.Sequential(Fast()), torch.randn(2, 8)).values()
+    assert (site.path, site.refusal.code) == ("0:layer_norm", "functional")
+
+
+def test_unknown_norm_with_an_activation_is_reported() -> None:
+    class MyNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.act = nn.ReLU()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.act(x / x.norm())
+
+    (site,) = sites(nn.Sequential(MyNorm()), torch.randn(2, 8)).values()
+    assert site.refusal.code == "unknown-norm"
+
+
+@pytest.mark.parametrize("compute", [prune.l1_unstructured, None])
+def test_computed_weights_are_refused(compute: object) -> None:
+    norm = nn.BatchNorm1d(8)
+    if compute:
+        compute(norm, "weight", 0.5)
+    else:
+        torch.nn.utils.parametrizations.weight_norm(norm, dim=None)
+    (site,) = sites(nn.Sequential(norm), torch.randn(2, 8)).values()
+    assert site.refusal.code == "parametrized"

@@ -234,3 +234,28 @@ def test_prints_on_one_line() -> None:
         "ILMNorm((8, 2), num_groups=1, num_key_groups=1, hidden_features=2, eps=1e-06, layout=token, unbiased=False, "
         "bias=False, gains=True, mode=paper)"
     )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_empty_batch_and_meta_device(case: str) -> None:
+    layer = make(case)
+    empty = torch.empty(0, *CASES[case][0][1:])
+    assert layer(empty).shape == empty.shape
+    meta = layer.to("meta")(torch.empty(CASES[case][0], device="meta"))
+    assert meta.shape == CASES[case][0]
+
+
+@pytest.mark.parametrize("case", ["group 2d", "token", "position", "rms token"])
+def test_compiles_without_graph_breaks_and_with_dynamic_batch(case: str) -> None:
+    layer = make(case)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+    for batch in (2, 3, 5):
+        x = torch.randn(batch, *CASES[case][0][1:])
+        assert relative(layer(x), compiled(x)) < 1e-5
+
+
+def test_may_be_called_by_keyword() -> None:
+    x = torch.randn(2, 8, 3)
+    layer = ILMNorm(8, 2)
+    assert torch.equal(layer(input=x), layer(x))
