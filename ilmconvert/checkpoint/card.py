@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from ilmconvert.conversion import Conversion
 from ilmconvert.sources import Source
-
-if TYPE_CHECKING:
-    from ilmconvert.conversion import Conversion
 
 __all__ = ["model_card"]
 

@@ -20,7 +20,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -29,13 +29,12 @@ from torch import Tensor, nn
 
 from ilmconvert.checkpoint.card import model_card
 from ilmconvert.checkpoint.weights import check_keys
+from ilmconvert.conversion import Conversion
 from ilmconvert.errors import CheckpointError, IlmconvertError, OutputExistsError, PlanError
 from ilmconvert.plan import Plan
+from ilmconvert.report import Report
 from ilmconvert.rewrite import rewrite
 from ilmconvert.sources import Source, build
-
-if TYPE_CHECKING:
-    from ilmconvert.conversion import Conversion
 
 __all__ = ["FORMAT_VERSION", "check_target", "is_saved", "load", "load_conversion", "save", "write_beside"]
 
@@ -136,9 +135,6 @@ def load(path: str | Path, *, model: nn.Module | None = None, trust_factory: boo
 
 def load_conversion(path: str | Path, *, model: nn.Module | None = None, trust_factory: bool = False) -> Conversion:
     """As :func:`load`, with the plan, the report and the original norms: it can be reverted and saved again."""
-    from ilmconvert.conversion import Conversion
-    from ilmconvert.report import Report
-
     folder = Path(path)
     if not is_saved(folder):
         raise CheckpointError(f"expected a folder saved by ilmconvert (with {CONFIG} and {PLAN}) at {str(folder)!r}")
