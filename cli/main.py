@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 import click
@@ -30,6 +31,7 @@ for command in (inspect, convert, verify):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for a wrong request, 1 for any other failure."""
+    warnings.showwarning = _warn  # type: ignore[assignment]
     try:
         result = cli.main(args=None if argv is None else list(argv), prog_name="ilmconvert", standalone_mode=False)
         return result if isinstance(result, int) else 0
@@ -41,6 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except Exception as error:  # the boundary: one clear line instead of a traceback
         return _failed(error)
+
+
+def _warn(message: Warning | str, *_: object) -> None:
+    """A warning in one line, without the place in the code."""
+    click.echo(f"Warning: {message}", err=True)
 
 
 def _failed(error: Exception) -> int:

@@ -20,6 +20,8 @@ __all__ = ["print_saved", "print_sites", "print_summary"]
 
 def print_sites(report: Report) -> None:
     """One row for each norm, in execution order."""
+    if not report.plan.decisions:
+        return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("path", "norm", "shape", "input", "becomes"):
         table.add_column(title, overflow="fold", no_wrap=title in ("shape", "input"))

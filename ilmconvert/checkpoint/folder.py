@@ -176,10 +176,14 @@ def write_beside(path: str | Path, *, force: bool) -> Iterator[Path]:
 
     Raises:
         OutputExistsError: ``path`` exists and may not be replaced.
+        IlmconvertError: the place cannot be written to.
     """
     target = check_target(path, force=force)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise IlmconvertError(f"cannot write in {str(target.parent)!r}: {error.strerror}") from error
     aside = beside.with_name(f"{beside.name}.old")
     try:
         yield beside

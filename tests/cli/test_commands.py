@@ -176,6 +176,30 @@ def test_pretrained_without_a_network_is_one_clear_error(capsys: Output) -> None
     assert not Path("out").exists()
 
 
+def test_unwritable_place_and_model_without_norms(capsys: Output) -> None:
+    assert main(["convert", "test_vit", "-o", "/proc/nowhere"]) == 1
+    assert capsys.readouterr().err == "Error: cannot write in '/proc': No such file or directory\n"
+    assert main(["inspect", "vgg11"]) == 0
+    assert capsys.readouterr().out.startswith("\nVGG: 0 norms would be converted, 0 skipped")
+
+
+def test_warnings_are_one_line() -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "ilmconvert",
+        "convert",
+        "test_resnet",
+        "--model-arg",
+        "features_only=true",
+        "-o",
+        "o",
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stderr.startswith("Warning: test_resnet does not rebuild this model, so load() will need model=")
+    assert result.stderr.count("\n") == 1
+
+
 def test_a_defect_is_told_in_one_line(capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ilmconvert, "inspect", lambda *_, **__: 1 / 0)
     assert main(["inspect", "test_vit"]) == 1
