@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ilmconvert.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["open_model", "sample_inputs"]
+__all__ = ["Opened", "open_model", "sample_inputs"]
+
+
+class Opened(NamedTuple):
+    """A model, and the factory that builds it where it is not timm's."""
+
+    model: nn.Module
+    factory: str | None
+    model_args: dict[str, Any]
 
 
 def open_model(
@@ -19,19 +27,17 @@ def open_model(
     pretrained: bool = False,
     checkpoint: Path | None = None,
     model_args: tuple[tuple[str, Any], ...] = (),
-    original: bool = False,
     trust_factory: bool = False,
-) -> nn.Module:
-    """Build or load the model that a MODEL argument means.
+) -> Opened:
+    """Build the original model that a MODEL argument means.
 
     Args:
-        name: a timm name, a saved folder, or ``package.module:factory``.
+        name: a timm name, a saved folder (which stands for its original norms), or ``package.module:factory``.
         pretrained, checkpoint, model_args: as the options say.
-        original: of a saved folder, give the original norms back.
         trust_factory: call the factory that a saved folder names.
     """
     from ilmconvert.checkpoint import is_saved, load_conversion, load_weights
-    from ilmconvert.sources import build
+    from ilmconvert.sources import build, is_factory
 
     if is_saved(name):
         if pretrained or model_args:
@@ -39,12 +45,16 @@ def open_model(
                 f"{name!r} is a saved conversion with weights of its own; leave out --pretrained and --model-arg"
             )
         conversion = load_conversion(name, trust_factory=trust_factory)
-        model = conversion.revert() if original else conversion.model
+        source = conversion.source
+        factory = source.name if source is not None and source.kind == "factory" else None
+        opened = Opened(conversion.revert(), factory, source.model_args if source and factory else {})
     else:
-        model = build(name, pretrained=pretrained, model_args=dict(model_args))
+        args = dict(model_args)
+        model = build(name, pretrained=pretrained, model_args=args)
+        opened = Opened(model, name if is_factory(name) else None, args)
     if checkpoint is not None:
-        load_weights(model, checkpoint)
-    return model
+        load_weights(opened.model, checkpoint)
+    return opened
 
 
 def sample_inputs(model: nn.Module, input_size: tuple[int, ...] | None) -> Any:

@@ -14,8 +14,6 @@ from ilmconvert_cli.options import CONVERSION_FIELDS, conversion_options, json_o
 from ilmconvert.errors import PlanError, UsageError
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from ilmconvert import Conversion, Plan, Report
 
 
@@ -54,8 +52,7 @@ def convert(
     if output is None and not dry_run:
         raise click.UsageError("Missing option '--output' / '-o' (or ask for a --dry-run).")
     import ilmconvert
-    from ilmconvert.checkpoint.folder import check_target, is_saved
-    from ilmconvert.sources import is_factory
+    from ilmconvert.checkpoint.folder import check_target
 
     if output is not None and not dry_run:
         check_target(output, force=force)  # before any work is done
@@ -65,17 +62,17 @@ def convert(
         pretrained=pretrained,
         checkpoint=checkpoint,
         model_args=model_args,
-        original=True,
         trust_factory=trust_factory,
     )
-    report = _plan(opened, plan, input_size, options)
-    if dry_run or output is None:
-        _print_dry_run(report, as_json)
-        return
+    if plan is None:
+        inputs = sample_inputs(opened.model, input_size)
+        plan = ilmconvert.inspect(opened.model, example_inputs=inputs, **options).plan
     with progress_bar(quiet=as_json) as progress:
-        conversion = ilmconvert.apply_plan(opened, report.plan, progress=progress)
-    factory = model if is_factory(model) and not is_saved(model) else None
-    conversion.save(output, factory=factory, model_args=dict(model_args), force=force)
+        conversion = ilmconvert.apply_plan(opened.model, plan, progress=progress)
+    if dry_run or output is None:
+        _print_dry_run(conversion.report, as_json)
+        return
+    conversion.save(output, factory=opened.factory, model_args=opened.model_args, force=force)
     _print_result(conversion, output, as_json)
 
 
@@ -94,14 +91,6 @@ def _read_plan(file: Path, context: click.Context) -> Plan:
         return ilmconvert.Plan.from_json(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, PlanError) as error:
         raise UsageError(f"the plan {str(file)!r} cannot be read: {error}") from error
-
-
-def _plan(model: nn.Module, plan: Plan | None, input_size: tuple[int, ...] | None, options: dict[str, Any]) -> Report:
-    import ilmconvert
-
-    if plan is not None:
-        return ilmconvert.apply_plan(model, plan).report  # a plan of another model is refused here
-    return ilmconvert.inspect(model, example_inputs=sample_inputs(model, input_size), **options)
 
 
 def _print_dry_run(report: Report, as_json: bool) -> None:

@@ -38,10 +38,9 @@ def inspect(
         pretrained=pretrained,
         checkpoint=checkpoint,
         model_args=model_args,
-        original=True,
         trust_factory=trust_factory,
     )
-    report = ilmconvert.inspect(opened, example_inputs=sample_inputs(opened, input_size), **options)
+    report = ilmconvert.inspect(opened.model, example_inputs=sample_inputs(opened.model, input_size), **options)
     if as_json:
         click.echo(report.plan.to_json(), nl=False)
         return

@@ -152,9 +152,9 @@ def _functional_sites(exploration: Exploration, run: Run) -> Iterator[Site]:
     for owner, node, function in exploration.functional:
         seen.add((owner, function))
         yield _functional_site(owner, node.name, function, _on_weight(node), "graph")
-    for call in run.functional:
+    for call in run.functional:  # here the node is not known: the function's full name tells calls apart
         if (call.owner, call.function) not in seen:
-            yield _functional_site(call.owner, call.function.rsplit(".", 1)[-1], call.function, call.on_weight, "run")
+            yield _functional_site(call.owner, call.function, call.function, call.on_weight, "run")
 
 
 def _functional_site(owner: str, name: str, function: str, on_weight: bool, found: str) -> Site:

@@ -96,6 +96,9 @@ def test_factory_model_with_arguments(capsys: Output) -> None:
     assert "--trust-factory" in capsys.readouterr().err
     assert main(["verify", "out", "--trust-factory", "--input-size", "3,12,12", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["passed"] is True
+    assert main(["convert", "out", "--trust-factory", "-o", "again"]) == 0
+    assert ilmconvert.load("again", trust_factory=True)[0].out_channels == 24
+    capsys.readouterr()
     assert main(["verify", "out", "--trust-factory"]) == 2
     assert "declares no input size" in capsys.readouterr().err
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
+import ilmconvert
 from ilmconvert.errors import ModelError, UsageError
 from ilmconvert.graph import example_inputs, find_sites
 from tests.helpers import same_state
@@ -160,7 +161,7 @@ class Untraced(nn.Module):
 
 def test_functional_norms_of_untraceable_modules_are_seen_in_the_run() -> None:
     codes = {path: site.refusal.code for path, site in sites(Untraced(), torch.randn(2, 8)).items() if site.refusal}
-    assert codes["layer_norm"] == "functional"
+    assert codes["torch.nn.functional.layer_norm"] == "functional"
     hidden = {path for path, code in codes.items() if code == "unregistered"}
     assert hidden == {"hidden[0]", "hidden[1].0", "named['a']"}
 
@@ -171,7 +172,7 @@ def test_timm_functions_are_seen_through() -> None:
             return timm.layers.fast_norm.fast_layer_norm(x, [8])
 
     (site,) = sites(nn.Sequential(Fast()), torch.randn(2, 8)).values()
-    assert (site.path, site.refusal.code) == ("0:layer_norm", "functional")
+    assert (site.path, site.refusal.code) == ("0:torch.nn.functional.layer_norm", "functional")
 
 
 def test_unknown_norm_with_an_activation_is_reported() -> None:
@@ -196,3 +197,15 @@ def test_computed_weights_are_refused(compute: object) -> None:
         torch.nn.utils.parametrizations.weight_norm(norm, dim=None)
     (site,) = sites(nn.Sequential(norm), torch.randn(2, 8)).values()
     assert site.refusal.code == "parametrized"
+
+
+def test_two_functions_of_one_owner_are_two_sites() -> None:
+    class Twice(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if x.is_contiguous() and float(x.shape[0]):
+                x = torch.layer_norm(x, (8,))
+            return torch.nn.functional.layer_norm(x, (8,)) + torch.nn.functional.group_norm(x, 2)
+
+    found = sites(nn.Sequential(Twice()), torch.randn(2, 8))
+    assert len(found) == 3
+    assert len(ilmconvert.inspect(nn.Sequential(Twice()), example_inputs=torch.randn(2, 8)).skipped) == 3
