@@ -69,7 +69,8 @@ def compiled() -> None:
         image = shape in IMAGES
         ours: nn.Module = speaking(ILMNorm(shape[1], 32)) if image else token_layer(shape[-1])
         base: nn.Module = nn.GroupNorm(32, shape[1]) if image else nn.LayerNorm(shape[-1])
-        steps = [training_step(torch.compile(m), x) for m in (ours, base)]
+        torch._dynamo.reset()  # or the variants of earlier shapes exhaust the recompilation limit
+        steps = [training_step(torch.compile(m, fullgraph=True), x) for m in (ours, base)]
         steps.insert(1, training_step(ours, x))
         fast, eager, _ = interleaved(steps)
         rows.append(
