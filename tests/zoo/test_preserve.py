@@ -39,3 +39,18 @@ def test_outputs_are_identical(name: str) -> None:
             m.to(memory_format=torch.channels_last)
         assert relative(model(last), converted(last)) < 1e-5
         assert relative(model.double()(x.double()), converted.double()(x.double())) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["coatnet_nano_rw_224", "maxvit_nano_rw_256"])
+def test_a_mixed_model_is_preserved_where_batch_norm_stays(name: str) -> None:
+    """CoAtNet and MaxViT have BatchNorm beside LayerNorm: without converting it, outputs are identical."""
+    model = randomize_norms(timm.create_model(name)).eval()
+    conversion = ilmconvert.convert(model, skip_norms="batch")
+    assert conversion.report.exact
+    assert {d.site.family for d in conversion.report.converted} == {"layer"}
+    assert {d.code for d in conversion.report.skipped} == {"excluded"}
+    x = torch.randn(1, *model.pretrained_cfg["input_size"])
+    with torch.no_grad():
+        base = model(x)
+        assert relative(base, conversion.model(x)) < 1e-5
+        assert relative(model.double()(x.double()), conversion.model.double()(x.double())) < 1e-12
