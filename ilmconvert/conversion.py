@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -71,7 +70,9 @@ class Conversion:
         Straight after :func:`convert`, its state dict is that of the original, bit for bit.
         """
         current = self.current()
-        model, originals = copy.deepcopy((current.model, current.originals))
+        together = nn.ModuleList([current.model, *current.originals.values()])
+        model, *norms = cast("nn.ModuleList", copy_model(together))
+        originals = dict(zip(current.originals, norms, strict=True))
         replacements: dict[str, nn.Module] = {}
         for decision in current.plan.converted:
             norm, layer = originals[decision.path], get_module(model, decision.path)

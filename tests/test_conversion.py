@@ -349,3 +349,13 @@ def test_verify_takes_equal_infinities_as_equal() -> None:
     assert found["outputs"].passed
     assert relative_difference([torch.ones(1)], []) == float("inf")
     assert relative_difference([torch.tensor([torch.nan, 1.0])], [torch.tensor([1.0, torch.nan])]) == float("inf")
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_revert_after_a_forward_pass_that_computes_weights() -> None:
+    """Old-style weight_norm leaves the result of a computation on the module, which deepcopy alone refuses."""
+    model = nn.Sequential(torch.nn.utils.weight_norm(nn.Linear(4, 8)), nn.LayerNorm(8))
+    model(torch.randn(2, 4))
+    conversion = ilmconvert.convert(model)
+    conversion.model(torch.randn(2, 4))
+    assert same_state(model, conversion.revert())
