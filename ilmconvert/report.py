@@ -57,8 +57,9 @@ class Report:
         if not batch:
             return "the converted model starts with the original's outputs"
         return (
-            f"the converted model starts close to the original's outputs in evaluation: {plural(batch, 'norm')} with batch "
-            "statistics became layers whose predictors apply the running ones to each instance"
+            "the converted model starts close to the original's outputs in evaluation: "
+            f"{plural(batch, 'norm')} with batch statistics became layers whose predictors apply the running ones to "
+            "each instance"
         )
 
     @property
