@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ilmconvert import checkpoint, errors, nn, norms
+    from ilmconvert.calibration import Calibration, calibrate
     from ilmconvert.checkpoint import load, load_conversion
     from ilmconvert.conversion import Conversion, apply_plan, convert, inspect
     from ilmconvert.options import ConvertOptions
@@ -23,11 +24,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Calibration",
     "Conversion",
     "ConvertOptions",
     "Plan",
     "Report",
     "apply_plan",
+    "calibrate",
     "checkpoint",
     "convert",
     "errors",
@@ -40,11 +43,13 @@ __all__ = [
 ]
 
 _HOME = {
+    "Calibration": "calibration",
     "Conversion": "conversion",
     "ConvertOptions": "options",
     "Plan": "plan",
     "Report": "report",
     "apply_plan": "conversion",
+    "calibrate": "calibration",
     "convert": "conversion",
     "inspect": "conversion",
     "load": "checkpoint",
