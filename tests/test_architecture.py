@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1] / "ilmconvert"
 FLOORS = {
     "errors": 0,
     "jsonable": 0.5,
+    "metrics": 0.5,
     "nn": 1,
     "norms": 2,
     "graph": 3,
