@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ilmconvert.options import ConvertOptions
     from ilmconvert.plan import Plan
     from ilmconvert.report import Report
+    from ilmconvert.training import RecoverOptions, Recovery, parameter_groups, recover
     from ilmconvert.verification import verify
 
 __version__ = "0.1.0"
@@ -26,6 +27,8 @@ __all__ = [
     "Conversion",
     "ConvertOptions",
     "Plan",
+    "RecoverOptions",
+    "Recovery",
     "Report",
     "apply_plan",
     "checkpoint",
@@ -36,6 +39,8 @@ __all__ = [
     "load_conversion",
     "nn",
     "norms",
+    "parameter_groups",
+    "recover",
     "verify",
 ]
 
@@ -43,12 +48,16 @@ _HOME = {
     "Conversion": "conversion",
     "ConvertOptions": "options",
     "Plan": "plan",
+    "RecoverOptions": "training",
+    "Recovery": "training",
     "Report": "report",
     "apply_plan": "conversion",
     "convert": "conversion",
     "inspect": "conversion",
     "load": "checkpoint",
     "load_conversion": "checkpoint",
+    "parameter_groups": "training",
+    "recover": "training",
     "verify": "verification",
 }
 
