@@ -17,7 +17,7 @@ from ilmconvert.images import ImageBatches, image_batches
 from ilmconvert.training.options import RecoverOptions
 from ilmconvert.training.stream import ImageFiles
 
-__all__ = ["ImageData", "Images", "open_images"]
+__all__ = ["ImageData", "Images", "class_names", "open_images"]
 
 Images = str | Path | ImageBatches | Tensor | Dataset[Any] | Iterable[Any]
 
@@ -43,8 +43,6 @@ def open_images(
 ) -> ImageData:
     """Find the images and hold some out.
 
-    Classes are numbered as timm numbers them: by folder name, ``2`` before ``10``.
-
     Args:
         images: a folder, an :class:`ImageBatches`, a map-style dataset of tensors ``(3, H, W)``, a tensor
             ``(N, 3, H, W)``, or an iterable of such batches, which is read into memory once. With labels: a folder with
@@ -62,7 +60,8 @@ def open_images(
     else:
         train = _source(images, model, options, labels)
         train, measured = _split(train, options)
-    classes = _same_classes(train, measured) if labels else None
+    files = _all_files(train, measured)
+    classes = class_names(files) if labels and files else None
     digest = sha256("\n".join([*_names(train), "held out", *_names(measured)]).encode()).hexdigest()[:16]
     parts = _augmented(train, model, options), measured
     return ImageData(_dataset(parts[0], classes), _dataset(parts[1], classes), classes, digest)
@@ -103,11 +102,20 @@ def _split(source: Any, options: RecoverOptions) -> tuple[Any, Any]:
     return Subset(source, order[held:]), Subset(source, order[:held])
 
 
-def _same_classes(*parts: Any) -> tuple[str, ...] | None:
+def class_names(files: Iterable[Path]) -> tuple[str, ...]:
+    """The classes of images in a folder for each class, in timm's order: ``2`` before ``10``.
+
+    Example:
+        >>> class_names([Path("images/10/a.png"), Path("images/2/b.png"), Path("images/2/c.png")])
+        ('2', '10')
+    """
     from timm.utils.misc import natural_key
 
-    files = [file for part in parts if isinstance(part, ImageBatches) for file in part.files]
-    return tuple(sorted({file.parent.name for file in files}, key=natural_key)) if files else None
+    return tuple(sorted({file.parent.name for file in files}, key=natural_key))
+
+
+def _all_files(*parts: Any) -> list[Path]:
+    return [file for part in parts if isinstance(part, ImageBatches) for file in part.files]
 
 
 def _augmented(train: Any, model: nn.Module, options: RecoverOptions) -> Any:

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from torch import nn
 
 from ilmconvert.metrics import Score, Similarity
 
-__all__ = ["Evaluation", "Recovery", "RecoveryReport"]
+__all__ = ["Evaluation", "Recovery", "RecoveryReport", "to_jsonl"]
 
 Stop = Literal["done", "diverged"]
 
@@ -64,6 +65,11 @@ class Evaluation:
         return cls(**own, measured=Similarity(**rest) if "kl" in rest else Score(**rest))
 
 
+def to_jsonl(evaluations: Sequence[Evaluation]) -> str:
+    """Evaluations as a log, one JSON object a line."""
+    return "".join(json.dumps(e.to_dict()) + "\n" for e in evaluations)
+
+
 @dataclass(frozen=True)
 class RecoveryReport:
     """The account of a whole run.
@@ -108,7 +114,7 @@ class RecoveryReport:
 
     def to_jsonl(self) -> str:
         """The evaluations, one JSON object a line."""
-        return "".join(json.dumps(e.to_dict()) + "\n" for e in self.evaluations)
+        return to_jsonl(self.evaluations)
 
     def to_csv(self) -> str:
         """The evaluations as a table."""

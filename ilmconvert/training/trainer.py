@@ -22,7 +22,7 @@ from ilmconvert.training.groups import parameter_groups
 from ilmconvert.training.objective import Objective
 from ilmconvert.training.options import RecoverOptions
 from ilmconvert.training.processes import from_all, from_main, prepare
-from ilmconvert.training.result import Evaluation, Recovery, RecoveryReport
+from ilmconvert.training.result import Evaluation, Recovery, RecoveryReport, to_jsonl
 from ilmconvert.training.state import full_weights, read_state, restore_, write_state
 from ilmconvert.training.stream import Batch, training_stream
 
@@ -173,6 +173,8 @@ class Trainer:
         optimizer = getattr(self._optimizer, "optimizer", self._optimizer)
         main = self._accelerator.is_main_process
         write_state(folder, self._model, optimizer, self._best, progress, main=main)
+        if main:
+            (folder / "recover.jsonl").write_text(to_jsonl(self._evaluations), encoding="utf-8")
 
     def _result(self) -> Recovery:
         model = copy_model(self._converted)
