@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import distributed, nn
 
-from ilmconvert.errors import IlmconvertError
+from ilmconvert.errors import IlmconvertError, UsageError
 from ilmconvert.training.options import RecoverOptions
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ def processes(options: RecoverOptions) -> Iterator[Accelerator]:
     At the end the random state, the process group and accelerate's own global state are as before.
 
     Raises:
+        UsageError: fp16 without a GPU.
         IlmconvertError: ``accelerate`` is not installed, or the device cannot do the precision asked for.
     """
     try:
@@ -36,10 +37,11 @@ def processes(options: RecoverOptions) -> Iterator[Accelerator]:
             "recover needs Hugging Face accelerate, which is not installed; pip install 'ilmconvert[train]'"
         ) from error
     fresh, grouped = not AcceleratorState._shared_state, distributed.is_initialized()
+    on_cpu = options.cpu or not torch.accelerator.is_available()
+    if on_cpu and options.precision == "fp16":
+        raise UsageError("expected precision 'bf16' or 'no' on a CPU, got 'fp16', which needs a GPU")
     try:
-        accelerator = Accelerator(
-            mixed_precision=options.precision, cpu=options.cpu or not torch.accelerator.is_available()
-        )
+        accelerator = Accelerator(mixed_precision=options.precision, cpu=on_cpu)
     except ValueError as error:
         raise IlmconvertError(f"expected precision={options.precision!r} to work here, but: {error}") from error
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []

@@ -64,7 +64,9 @@ def write_state(
     main: bool,
 ) -> None:
     """Write the state; every process calls it, the main one writes."""
-    state: Any = get_optimizer_state_dict(model, optimizer, options=_FULL)["state"]
+    state: Any = {}
+    if optimizer.state:  # asked for sooner, torch makes one by a step of its own, which counts
+        state = get_optimizer_state_dict(model, optimizer, options=_FULL)["state"]
     parts = {"weights": full_weights(model), "best": best}
     tensors = {f"{part}:{name}": value for part, values in parts.items() for name, value in values.items()}
     for name, values in state.items():
