@@ -107,14 +107,24 @@ conversion_options = _all(
         type=click.Choice(["layer", "group", "instance"]),
         default="layer",
         show_default=True,
-        help="Grouping that replaces Batch Norm. 'layer' is what calibration recovers best.",
+        help="Grouping that replaces Batch Norm.",
     ),
     click.option("--groups", "num_groups", type=int, metavar="N", help="Groups for --bn-to group.  [default: 32]"),
     click.option(
         "--group-size", type=int, metavar="N", help="Channels per group for --bn-to group, instead of --groups."
     ),
-    click.option("--key-group-size", type=int, default=16, show_default=True, help="Channels per key group."),
-    click.option("--reduction", type=int, default=16, show_default=True, help="Key groups per unit of the embedding."),
+    click.option(
+        "--key-group-size",
+        type=int,
+        metavar="N",
+        help="Channels per key group.  [default: 16; for BatchNorm one key group for each group]",
+    ),
+    click.option(
+        "--reduction",
+        type=int,
+        metavar="N",
+        help="Key groups per unit of the embedding.  [default: 16; for BatchNorm two units each]",
+    ),
     click.option(
         "--mode",
         type=click.Choice(["preserve", "paper"]),
@@ -122,7 +132,11 @@ conversion_options = _all(
         show_default=True,
         help="Start from the model's function, or from the paper's initialisation.",
     ),
-    click.option("--gains", is_flag=True, help="Learn factors on the predictions (an extension of the paper)."),
+    click.option(
+        "--gains/--no-gains",
+        default=None,
+        help="Learn factors on the predictions (an extension of the paper).  [default: for BatchNorm only]",
+    ),
     click.option("--include", multiple=True, metavar="PATTERN", help="Convert only norms at these paths; repeatable."),
     click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave norms at these paths; repeatable."),
     click.option("--norm", "norms", multiple=True, metavar="NAME", help="Convert only these families or classes."),

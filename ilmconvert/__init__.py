@@ -11,6 +11,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ilmconvert.timm_entry import when_timm_is_imported
+
 if TYPE_CHECKING:
     from ilmconvert import checkpoint, errors, nn, norms
     from ilmconvert.checkpoint import load, load_conversion
@@ -75,3 +77,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
+
+
+when_timm_is_imported()

@@ -29,6 +29,7 @@ FLOORS = {
     "verification": 6,
     "conversion": 6,
     "training": 6,
+    "timm_entry": 8,
     "checkpoint": 7,
 }
 LATE = {("conversion", "checkpoint")}  # Conversion.save is sugar for checkpoint.save, imported when it is called

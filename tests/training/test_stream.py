@@ -73,7 +73,7 @@ def test_folders_are_split_by_file_and_labelled_by_folder(folder: Path) -> None:
     assert data.classes == ("2", "10")
     assert (len(data.train), len(data.held_out)) == (3, 2)
     assert not set(data.train.files) & set(data.held_out.files)
-    labels = {file: label for part in (data.train, data.held_out) for file, label in zip(part.files, part.targets)}
+    labels = {f: t for part in (data.train, data.held_out) for f, t in zip(part.files, part.targets, strict=True)}
     assert {file.relative_to(folder).parts[0]: label for file, label in labels.items()} == {"2": 0, "10": 1}
     again = open_images(folder, model, options, labels=True)
     assert again.digest == data.digest
