@@ -81,7 +81,6 @@ def main() -> None:
     options = {name: value for name, value in recovery.report.options.items() if value is not None}
     write(given.name, rows, model="tf_efficientnet_lite0, ImageNet weights", size=SIZE, options=options, along=along)
     print(recovery.report)
-    print("monotone over the start:", all(e.merit >= recovery.report.start.merit for e in (recovery.report.best,)))
 
 
 if __name__ == "__main__":

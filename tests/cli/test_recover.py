@@ -36,10 +36,8 @@ def convert(output: str = "ilm") -> None:
 def test_recover_and_what_is_left_behind(capsys: Output) -> None:
     convert()
     capsys.readouterr()
-    assert (
-        main(["recover", "ilm", "--images", "images", "-o", "out", "--steps", "4", "--evaluate-every", "2", *QUICK])
-        == 0
-    )
+    arguments = ["recover", "ilm", "--images", "images", "-o", "out", *QUICK]
+    assert main([*arguments, "--steps", "4", "--evaluate-every", "2"]) == 0
     printed = capsys.readouterr().out
     assert "training loss   agreement        kl" in printed
     assert "agreement on 2 held-out images: " in printed

@@ -83,18 +83,21 @@ def test_as_one_process(launcher: list[str], more: list[str], environment: dict[
     assert not Path(f"{name}.run").exists()
 
 
+def workers(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 @pytest.mark.parametrize("more", [[], ["--fsdp"]], ids=["ddp", "fsdp"])
 def test_killed_and_gone_on_with(more: list[str]) -> None:
     if not Path("one").exists():
         run([], "one")
     name = f"killed{len(more)}"
-    process = subprocess.Popen(
-        command(TORCHRUN, name, *more), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    while not (Path(f"{name}.run").is_dir() and len(log(f"{name}.run")) >= 3):
+    process = subprocess.Popen(command(TORCHRUN, name, *more), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (Path(f"{name}.run/recover.jsonl").is_file() and len(log(f"{name}.run")) >= 3):
         assert process.poll() is None
         time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
+    for worker in [process.pid, *workers(process.pid)]:
+        os.kill(worker, signal.SIGKILL)
     process.wait()
     assert not Path(name).exists()
     run(TORCHRUN, name, "--resume", *more)
