@@ -3,7 +3,8 @@
 EfficientNet-Lite0 with ImageNet weights; crops of photographs to train on, and of other photographs to measure on.
 
 Run: ``python -m benchmarks.recover [FOLDER]`` (needs ``pip install -e '.[bench,train]'``). FOLDER is a saved conversion
-to start from, a calibrated one for instance; without it, the bare conversion is.
+to start from, a calibrated one for instance; without it, the bare conversion is. ``--paper`` starts from the paper's own
+predictor (16 channels to a key group, no gains), which cannot hold what Batch Norm computes.
 """
 
 from __future__ import annotations
@@ -31,9 +32,12 @@ def files(images: list[Tensor], folder: Path) -> Path:
     return folder
 
 
-def start(folder: Path | None, model: nn.Module) -> nn.Module:
+def start(given: argparse.Namespace, model: nn.Module) -> nn.Module:
     """The converted model to start from."""
-    return ilmconvert.convert(model).model if folder is None else ilmconvert.load(folder, model=model)
+    if given.folder is not None:
+        return ilmconvert.load(given.folder, model=model)
+    paper = {"key_group_size": 16, "reduction": 16, "gains": False} if given.paper else {}
+    return ilmconvert.convert(model, bn_to=given.bn_to, **paper).model
 
 
 def main() -> None:
@@ -46,11 +50,13 @@ def main() -> None:
     parser.add_argument("--features", type=float, default=0.0)
     parser.add_argument("--meta-lr-scale", type=float, default=1.0)
     parser.add_argument("--freeze", action="store_true")
+    parser.add_argument("--bn-to", choices=["layer", "group", "instance"], default="layer")
+    parser.add_argument("--paper", action="store_true")
     parser.add_argument("--name", default="recover")
     given = parser.parse_args()
 
     model = lite0()
-    converted = start(given.folder, model)
+    converted = start(given, model)
     pictures = photographs()
     held_out = crops(pictures[-HELD_OUT:], 80, model.pretrained_cfg, size=SIZE, seed=1)
     unseen = crops(pictures[-HELD_OUT:], 80, model.pretrained_cfg, size=SIZE, seed=2)  # not used to choose the best
@@ -78,8 +84,17 @@ def main() -> None:
     along = [
         {"step": e.step, "seconds": round(e.seconds), "agreement %": 100 * e.top1} for e in recovery.report.evaluations
     ]
+    begun = {name: str(getattr(given, name)) for name in ("folder", "bn_to", "paper")}
     options = {name: value for name, value in recovery.report.options.items() if value is not None}
-    write(given.name, rows, model="tf_efficientnet_lite0, ImageNet weights", size=SIZE, options=options, along=along)
+    write(
+        given.name,
+        rows,
+        model="tf_efficientnet_lite0, ImageNet weights",
+        size=SIZE,
+        options=options,
+        along=along,
+        start=begun,
+    )
     print(recovery.report)
 
 

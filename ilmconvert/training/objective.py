@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ilmconvert.errors import UsageError
+from ilmconvert.graph.shadow import copy_model
 from ilmconvert.training.evaluate import answers
 from ilmconvert.training.losses import FeatureMatching, distillation
 from ilmconvert.training.options import RecoverOptions
@@ -17,7 +18,7 @@ from ilmconvert.training.stream import Batch
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["Objective"]
+__all__ = ["Objective", "freeze_unreached_"]
 
 
 class Objective:
@@ -66,3 +67,14 @@ class Objective:
     def _answers(self, model: nn.Module, images: Tensor) -> Tensor:
         with self._accelerator.autocast():
             return answers(model, images).float()
+
+
+def freeze_unreached_(
+    accelerator: Accelerator, original: nn.Module | None, student: nn.Module, options: RecoverOptions, batch: Batch
+) -> None:
+    """Switch off ``requires_grad`` where the loss gives no gradient, found out on a copy: DDP waits for all others."""
+    probe = copy_model(student)
+    Objective(accelerator, original, probe, options)(probe, batch).backward()
+    reached = {name for name, parameter in probe.named_parameters() if parameter.grad is not None}
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(name in reached)

@@ -59,9 +59,8 @@ def curve(report: RecoveryReport) -> Figure:
     axes.axhline(100 * report.start.top1, color="0.7", linestyle="--", linewidth=1)
     axes.plot(steps, [100 * e.top1 for e in report.evaluations], "o-", color="tab:blue", markersize=3)
     axes.plot(report.best.step, 100 * report.best.top1, "o", color="tab:blue", markersize=8)
-    best = f"{100 * report.best.top1:.1f} %"
-    axes.annotate(best, (report.best.step, 100 * report.best.top1), (0, -16), textcoords="offset points", ha="center")
-    axes.set(xlabel="step", title=f"{name} on {report.held_out} held-out images")
+    won = f"{100 * report.start.top1:.1f} % → {100 * report.best.top1:.1f} %"
+    axes.set(xlabel="step", title=f"{name} on {report.held_out} held-out images: {won}")
     axes.set_ylabel(f"top-1 {name}, %", color="tab:blue")
     other = axes.twinx()
     other.plot(steps, [getattr(e.measured, second) for e in report.evaluations], color="tab:orange", linewidth=1)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from torch import nn
 
 from ilmconvert.metrics import Score, Similarity
+from ilmconvert.report import plural
 
 __all__ = ["Evaluation", "Recovery", "RecoveryReport", "to_jsonl"]
 
@@ -138,7 +139,7 @@ class RecoveryReport:
             lines.append("  warning: the loss became infinite or nan; try a smaller learning rate")
         if self.broken:
             file, reason = next(iter(self.broken.items()))
-            lines.append(f"  warning: {len(self.broken)} images could not be read, such as {file}: {reason}")
+            lines.append(f"  warning: {plural(len(self.broken), 'image')} could not be read, such as {file}: {reason}")
         return "\n".join(lines)
 
 

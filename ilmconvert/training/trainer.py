@@ -19,7 +19,7 @@ from ilmconvert.nn import ILMNorm
 from ilmconvert.training.data import ImageData
 from ilmconvert.training.evaluate import Judge
 from ilmconvert.training.groups import parameter_groups
-from ilmconvert.training.objective import Objective
+from ilmconvert.training.objective import Objective, freeze_unreached_
 from ilmconvert.training.options import RecoverOptions
 from ilmconvert.training.processes import from_all, from_main, prepare
 from ilmconvert.training.result import Evaluation, Recovery, RecoveryReport, to_jsonl
@@ -77,6 +77,9 @@ class Trainer:
         self._candidate = self._placed(converted)  # whole in every process: what is measured
         student = _widened(self._placed(converted))
         self._trained = self._freeze(student)
+        if accelerator.num_processes > 1:
+            first = next(training_stream(data.train, options, 0, accelerator.process_index, accelerator.num_processes))
+            freeze_unreached_(accelerator, teacher, student, options, first)
         self._objective = Objective(accelerator, teacher, student, options)
         self._model, self._optimizer = prepare(accelerator, student, lambda: self._groups(student), options)
         self._rates = [group["lr"] for group in self._optimizer.param_groups]

@@ -123,3 +123,23 @@ with processes(options) as accelerator:
     Path("shards.py").write_text(code)
     result = subprocess.run([sys.executable, *TORCHRUN, "shards.py"], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_parameters_that_the_loss_does_not_reach(fsdp: bool) -> None:
+    code = f"""
+import torch, ilmconvert
+from tests.models import AuxiliaryHead
+torch.manual_seed(0)
+model = AuxiliaryHead()
+converted = ilmconvert.convert(model).model
+x = torch.randn(12, 3, 8, 8)
+held = torch.randn(4, 3, 8, 8)
+recovery = ilmconvert.recover(model, converted, x, held_out_images=held, steps=3, batch_size=4, fsdp={fsdp}, lr=1e-3)
+assert len(recovery.report.evaluations) == 4
+"""
+    Path("reach.py").write_text(code)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, *TORCHRUN, "reach.py"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert result.returncode == 0, result.stderr
