@@ -15,6 +15,7 @@ __all__ = [
     "input_size_option",
     "json_option",
     "model_options",
+    "recovery_options",
     "trust_factory_option",
 ]
 
@@ -140,4 +141,56 @@ conversion_options = _all(
     click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave norms at these paths; repeatable."),
     click.option("--norm", "norms", multiple=True, metavar="NAME", help="Convert only these families or classes."),
     click.option("--skip-norm", "skip_norms", multiple=True, metavar="NAME", help="Leave these families or classes."),
+)
+
+recovery_options = _all(
+    click.option("--steps", type=int, metavar="N", help="Optimizer steps."),
+    click.option(
+        "--epochs", type=float, metavar="N", help="Passes over the images.  [default: 10 if no limit is given]"
+    ),
+    click.option(
+        "--minutes", type=float, metavar="N", help="Wall time, all included. The first limit reached ends it."
+    ),
+    click.option(
+        "--batch-size", type=int, default=32, show_default=True, help="Images in a step, shared by the processes."
+    ),
+    click.option("--lr", type=float, default=2e-4, show_default=True, help="Highest learning rate of AdamW."),
+    click.option(
+        "--meta-lr-scale", type=float, default=1.0, show_default=True, help="The same for meta parameters, relative."
+    ),
+    click.option(
+        "--weight-decay", type=float, default=0.0, show_default=True, help="Of all but norms, biases, meta parameters."
+    ),
+    click.option(
+        "--warmup", type=float, default=0.05, show_default=True, help="Share of the run with a rising learning rate."
+    ),
+    click.option("--clip", type=float, default=1.0, show_default=True, help="Largest gradient norm; 0 does not clip."),
+    click.option("--temperature", type=float, default=1.0, show_default=True, help="Of the distillation."),
+    click.option(
+        "--features", type=float, default=0.0, show_default=True, help="Weight of matching the norms' outputs too."
+    ),
+    click.option(
+        "--label-smoothing", type=float, default=0.0, show_default=True, help="Of the cross-entropy, with --labels."
+    ),
+    click.option("--freeze", is_flag=True, help="Train the ILM layers alone."),
+    click.option(
+        "--augment",
+        type=float,
+        default=0.5,
+        show_default=True,
+        help="Strength of random crops, flips and colours, 0 to 1.",
+    ),
+    click.option("--held-out", type=float, default=0.1, show_default=True, help="Share of the images to measure on."),
+    click.option("--evaluate-every", type=int, metavar="N", help="Steps between measurements.  [default: 20 in all]"),
+    click.option(
+        "--precision",
+        type=click.Choice(["no", "bf16", "fp16"]),
+        default="no",
+        show_default=True,
+        help="Automatic mixed precision.",
+    ),
+    click.option("--seed", type=int, default=0, show_default=True, help="Of order, augmentation and what is held out."),
+    click.option("--workers", type=int, default=0, show_default=True, help="Processes that read images."),
+    click.option("--fsdp", is_flag=True, help="Shard the training state over the processes, instead of DDP."),
+    click.option("--cpu", is_flag=True, help="Use the CPU though there is a GPU."),
 )

@@ -11,6 +11,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ilmconvert.timm_entry import when_timm_is_imported
+
 if TYPE_CHECKING:
     from ilmconvert import checkpoint, errors, nn, norms
     from ilmconvert.calibration import Calibration, calibrate
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from ilmconvert.options import ConvertOptions
     from ilmconvert.plan import Plan
     from ilmconvert.report import Report
+    from ilmconvert.training import RecoverOptions, Recovery, parameter_groups, recover
     from ilmconvert.verification import verify
 
 __version__ = "0.1.0"
@@ -28,6 +31,8 @@ __all__ = [
     "Conversion",
     "ConvertOptions",
     "Plan",
+    "RecoverOptions",
+    "Recovery",
     "Report",
     "apply_plan",
     "calibrate",
@@ -39,6 +44,8 @@ __all__ = [
     "load_conversion",
     "nn",
     "norms",
+    "parameter_groups",
+    "recover",
     "verify",
 ]
 
@@ -47,6 +54,8 @@ _HOME = {
     "Conversion": "conversion",
     "ConvertOptions": "options",
     "Plan": "plan",
+    "RecoverOptions": "training",
+    "Recovery": "training",
     "Report": "report",
     "apply_plan": "conversion",
     "calibrate": "calibration",
@@ -54,6 +63,8 @@ _HOME = {
     "inspect": "conversion",
     "load": "checkpoint",
     "load_conversion": "checkpoint",
+    "parameter_groups": "training",
+    "recover": "training",
     "verify": "verification",
 }
 
@@ -71,3 +82,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
+
+
+when_timm_is_imported()

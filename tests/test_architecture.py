@@ -16,6 +16,7 @@ FLOORS = {
     "errors": 0,
     "jsonable": 0.5,
     "metrics": 0.5,
+    "fingerprint": 0.5,
     "nn": 1,
     "norms": 2,
     "graph": 3,
@@ -28,6 +29,8 @@ FLOORS = {
     "verification": 6,
     "calibration": 6,
     "conversion": 6,
+    "training": 6,
+    "timm_entry": 8,
     "checkpoint": 7,
 }
 LATE = {("conversion", "checkpoint")}  # Conversion.save is sugar for checkpoint.save, imported when it is called
@@ -68,6 +71,8 @@ def test_public_names_are_these() -> None:
         "Conversion",
         "ConvertOptions",
         "Plan",
+        "RecoverOptions",
+        "Recovery",
         "Report",
         "apply_plan",
         "calibrate",
@@ -79,6 +84,8 @@ def test_public_names_are_these() -> None:
         "load_conversion",
         "nn",
         "norms",
+        "parameter_groups",
+        "recover",
         "verify",
     }
     assert all(getattr(ilmconvert, name) is not None for name in ilmconvert.__all__)
