@@ -61,8 +61,8 @@ def calibrate_conversion(
         progress: called with (what, done, total).
     """
     from ilmconvert import calibrate
-    from ilmconvert.calibration.processes import from_all, process_group
     from ilmconvert.images import image_batches
+    from ilmconvert.processes import from_all, process_group
 
     total = limit if held_out_images else round(limit / (1 - held_out))
     size = {"batch_size": batch_size, "input_size": input_size}

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, distributed
+from torch import Tensor
 
 from ilmconvert.errors import ModelError
+from ilmconvert.processes import summed
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -89,8 +90,7 @@ class _Sums:
 
     def reduce(self) -> Self:
         """Add up the sums of all processes, where ``torch.distributed`` runs; every process calls it, once."""
-        if distributed.is_available() and distributed.is_initialized():
-            distributed.all_reduce(self._sums)
+        summed(self._sums)
         return self
 
     def _means(self) -> tuple[int, list[float]]:

@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1] / "ilmconvert"
 FLOORS = {
     "errors": 0,
     "jsonable": 0.5,
-    "metrics": 0.5,
+    "processes": 0.5,
+    "metrics": 0.7,
     "fingerprint": 0.5,
     "nn": 1,
     "norms": 2,

@@ -19,10 +19,11 @@ import copy
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from ilmconvert.nn import ILMNorm
 from ilmconvert.nn.functional import canonical, group_moments, key_features, predict, standardize
+from ilmconvert.processes import summed
 
 __all__ = ["RIDGE", "Fit", "Samples", "bare_norm", "fit_"]
 
@@ -115,7 +116,7 @@ def fit_(layer: ILMNorm, samples: Samples, *, ridge: float = RIDGE) -> Fit:
         _detect_(layer, moments)
         start[:, 1:3] = 0
     equations, right, energy = _normal_equations(layer, moments, sums, size)
-    count = _reduced(torch.tensor(float(len(size)), dtype=torch.float64, device=size.device))
+    count = summed(torch.tensor(float(len(size)), dtype=torch.float64, device=size.device))
     active = [0, 1, 2, 3] if layer.scale_gain is not None else [0, 3]
     spread = energy - right[:, 3] ** 2 / equations[:, 3, 3].clamp_min(1)
 
@@ -185,7 +186,7 @@ def _normal_equations(layer: ILMNorm, moments: Tensor, sums: Tensor, size: Tenso
     for (i, j), value in upper.items():
         equations[:, i, j] = equations[:, j, i] = value.sum(0)
     right = torch.stack([v.sum(0) for v in (zt, p * zt, q * t, t)], 1)
-    return _reduced(equations), _reduced(right), _reduced(tt.sum(0))
+    return summed(equations), summed(right), summed(tt.sum(0))
 
 
 def _solve(equations: Tensor, right: Tensor, start: Tensor, active: list[int], ridge: float) -> Tensor:
@@ -241,12 +242,6 @@ _SPREADS = 16.0
 def _mean_and_std(values: Tensor) -> tuple[Tensor, Tensor]:
     """Over the instances of all processes: ``(2, A, K)`` to ``(2, K)`` each."""
     ones = torch.ones_like(values)
-    count, total, square = (_reduced(v.sum(1)) for v in (ones, values, values * values))
+    count, total, square = (summed(v.sum(1)) for v in (ones, values, values * values))
     mean = total / count
     return mean, (square / count - mean * mean).clamp_min(0).sqrt()
-
-
-def _reduced(value: Tensor) -> Tensor:
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.all_reduce(value)
-    return value

@@ -11,12 +11,13 @@ import torch
 from torch import distributed, nn
 
 from ilmconvert.errors import IlmconvertError, UsageError
+from ilmconvert.processes import several
 from ilmconvert.training.options import RecoverOptions
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["from_all", "from_main", "prepare", "processes"]
+__all__ = ["from_main", "prepare", "processes"]
 
 
 @contextlib.contextmanager
@@ -36,7 +37,7 @@ def processes(options: RecoverOptions) -> Iterator[Accelerator]:
         raise IlmconvertError(
             "recover needs Hugging Face accelerate, which is not installed; pip install 'ilmconvert[train]'"
         ) from error
-    fresh, grouped = not AcceleratorState._shared_state, distributed.is_initialized()
+    fresh, grouped = not AcceleratorState._shared_state, several()
     on_cpu = options.cpu or not torch.accelerator.is_available()
     if on_cpu and options.precision == "fp16":
         raise UsageError("expected precision 'bf16' or 'no' on a CPU, got 'fp16', which needs a GPU")
@@ -49,7 +50,7 @@ def processes(options: RecoverOptions) -> Iterator[Accelerator]:
         with torch.random.fork_rng(devices):
             yield accelerator
     finally:
-        if not grouped and distributed.is_initialized():
+        if not grouped and several():
             distributed.destroy_process_group()
         if fresh:
             AcceleratorState._reset_state(reset_partial_state=True)
@@ -83,10 +84,3 @@ def from_main(accelerator: Accelerator, value: float) -> float:
     from accelerate.utils import broadcast_object_list
 
     return float(broadcast_object_list([value])[0])
-
-
-def from_all(accelerator: Accelerator, values: dict[str, str]) -> dict[str, str]:
-    """The entries of all processes together, on all of them."""
-    from accelerate.utils import gather_object
-
-    return {key: value for part in gather_object([values]) for key, value in part.items()}

@@ -16,12 +16,13 @@ from ilmconvert.errors import CheckpointError
 from ilmconvert.fingerprint import fingerprint
 from ilmconvert.graph.shadow import copy_model
 from ilmconvert.nn import ILMNorm
+from ilmconvert.processes import from_all
 from ilmconvert.training.data import ImageData
 from ilmconvert.training.evaluate import Judge
 from ilmconvert.training.groups import parameter_groups
 from ilmconvert.training.objective import Objective, freeze_unreached_
 from ilmconvert.training.options import RecoverOptions
-from ilmconvert.training.processes import from_all, from_main, prepare
+from ilmconvert.training.processes import from_main, prepare
 from ilmconvert.training.result import Evaluation, Recovery, RecoveryReport, to_jsonl
 from ilmconvert.training.state import full_weights, read_state, restore_, write_state
 from ilmconvert.training.stream import Batch, training_stream
@@ -189,7 +190,7 @@ class Trainer:
             trained=self._trained,
             options=_plain(asdict(self._options)),
             stopped="diverged" if self._diverged else "done",
-            broken=from_all(self._accelerator, self._broken),
+            broken=from_all(self._broken),
         )
         return Recovery(model, report)
 

@@ -1,4 +1,4 @@
-"""One process or several: the process group that ``torchrun`` asks for."""
+"""One process or several: the group that ``torchrun`` asks for, and what its processes know together."""
 
 from __future__ import annotations
 
@@ -8,9 +8,21 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 
-__all__ = ["from_all", "process_group"]
+__all__ = ["from_all", "process_group", "several", "summed"]
+
+
+def several() -> bool:
+    """Whether this process belongs to a group."""
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def summed(value: Tensor) -> Tensor:
+    """The sum over all processes, in place; every process calls it."""
+    if several():
+        distributed.all_reduce(value)
+    return value
 
 
 @contextlib.contextmanager
@@ -23,7 +35,7 @@ def process_group() -> Iterator[tuple[int, int]]:
         (0, 1)
     """
     asked = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    ours = asked and not distributed.is_initialized()
+    ours = asked and not several()
     if ours:
         distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
@@ -34,8 +46,8 @@ def process_group() -> Iterator[tuple[int, int]]:
 
 
 def from_all(value: dict[Any, Any]) -> dict[Any, Any]:
-    """The dicts of all processes together."""
-    if not distributed.is_initialized():
+    """The entries of all processes together, on all of them."""
+    if not several():
         return value
     found: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(found, value)
