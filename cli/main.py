@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 
 import click
+from ilmconvert_cli.commands.calibrate import calibrate
 from ilmconvert_cli.commands.convert import convert
 from ilmconvert_cli.commands.inspect import inspect
 from ilmconvert_cli.commands.recover import recover
@@ -26,7 +27,7 @@ def cli() -> None:
     """
 
 
-for command in (inspect, convert, recover, verify):
+for command in (inspect, convert, calibrate, recover, verify):
     cli.add_command(command)
 
 

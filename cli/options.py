@@ -11,11 +11,13 @@ import click
 
 __all__ = [
     "CONVERSION_FIELDS",
+    "calibration_options",
     "conversion_options",
     "input_size_option",
     "json_option",
     "model_options",
     "recovery_options",
+    "teacher_options",
     "trust_factory_option",
 ]
 
@@ -141,6 +143,42 @@ conversion_options = _all(
     click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave norms at these paths; repeatable."),
     click.option("--norm", "norms", multiple=True, metavar="NAME", help="Convert only these families or classes."),
     click.option("--skip-norm", "skip_norms", multiple=True, metavar="NAME", help="Leave these families or classes."),
+)
+
+teacher_options = _all(
+    click.option("--teacher", metavar="MODEL", help="Learn from this model instead of DIR's own original."),
+    click.option(
+        "--teacher-checkpoint",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="The teacher's weights; without it, a timm name means its pretrained weights.",
+    ),
+)
+
+calibration_options = _all(
+    click.option("--limit", type=click.IntRange(1), default=256, show_default=True, help="Images to fit to."),
+    click.option(
+        "--held-out",
+        type=click.FloatRange(0, 1, min_open=True, max_open=True),
+        default=0.2,
+        show_default=True,
+        help="Share of further images, to compare the two models on.",
+    ),
+    click.option(
+        "--held-out-images",
+        type=click.Path(path_type=Path),
+        metavar="FOLDER",
+        help="Compare on these images, instead of a share of --images.",
+    ),
+    click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Images run together."),
+    click.option(
+        "--memory",
+        type=click.FloatRange(0),
+        default=2.0,
+        show_default=True,
+        help="GiB of activations to hold; what exceeds it waits on disk.",
+    ),
+    click.option("--seed", type=int, default=0, show_default=True, help="Of which images are taken."),
 )
 
 recovery_options = _all(

@@ -15,6 +15,7 @@ from ilmconvert.timm_entry import when_timm_is_imported
 
 if TYPE_CHECKING:
     from ilmconvert import checkpoint, errors, nn, norms
+    from ilmconvert.calibration import Calibration, calibrate
     from ilmconvert.checkpoint import load, load_conversion
     from ilmconvert.conversion import Conversion, apply_plan, convert, inspect
     from ilmconvert.options import ConvertOptions
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Calibration",
     "Conversion",
     "ConvertOptions",
     "Plan",
@@ -33,6 +35,7 @@ __all__ = [
     "Recovery",
     "Report",
     "apply_plan",
+    "calibrate",
     "checkpoint",
     "convert",
     "errors",
@@ -47,6 +50,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "Calibration": "calibration",
     "Conversion": "conversion",
     "ConvertOptions": "options",
     "Plan": "plan",
@@ -54,6 +58,7 @@ _HOME = {
     "Recovery": "training",
     "Report": "report",
     "apply_plan": "conversion",
+    "calibrate": "calibration",
     "convert": "conversion",
     "inspect": "conversion",
     "load": "checkpoint",

@@ -27,6 +27,7 @@ FLOORS = {
     "report": 4.5,
     "rewrite": 5,
     "verification": 6,
+    "calibration": 6,
     "conversion": 6,
     "training": 6,
     "timm_entry": 8,
@@ -66,6 +67,7 @@ def test_library_knows_neither_click_nor_rich() -> None:
 def test_public_names_are_these() -> None:
     assert ilmconvert.__all__ == sorted(ilmconvert.__all__)
     assert set(ilmconvert.__all__) == {
+        "Calibration",
         "Conversion",
         "ConvertOptions",
         "Plan",
@@ -73,6 +75,7 @@ def test_public_names_are_these() -> None:
         "Recovery",
         "Report",
         "apply_plan",
+        "calibrate",
         "checkpoint",
         "convert",
         "errors",

@@ -10,8 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from ilmconvert_cli.opening import open_model
-from ilmconvert_cli.options import input_size_option, json_option, recovery_options, trust_factory_option
+from ilmconvert_cli.opening import open_teacher
+from ilmconvert_cli.options import (
+    input_size_option,
+    json_option,
+    recovery_options,
+    teacher_options,
+    trust_factory_option,
+)
 
 from ilmconvert.errors import OutputExistsError, UsageError
 
@@ -35,13 +41,7 @@ if TYPE_CHECKING:
 )
 @click.option("--labels", is_flag=True, help="Train on labels: FOLDER has a folder for each class.")
 @click.option("--reset-classifier", is_flag=True, help="With --labels: a new head for these classes (timm models).")
-@click.option("--teacher", metavar="MODEL", help="Learn from this model instead of DIR's own original.")
-@click.option(
-    "--teacher-checkpoint",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="The teacher's weights; without it, a timm name means its pretrained weights.",
-)
+@teacher_options
 @recovery_options
 @click.option("--resume", is_flag=True, help="Go on with a run that was broken off.")
 @click.option("--force", is_flag=True, help="Replace a conversion saved in OUT before, and a run broken off.")
@@ -80,7 +80,7 @@ def recover(
     run = _run_folder(output, resume=resume, force=force)
     wanted = ilmconvert.RecoverOptions(**options)
     conversion = ilmconvert.load_conversion(folder, trust_factory=trust_factory)
-    original = None if labels else _teacher(conversion, teacher, teacher_checkpoint, trust_factory)
+    original = None if labels else open_teacher(conversion, teacher, teacher_checkpoint, trust_factory)
     if reset_classifier:
         _reset_classifier(conversion.model, images, labels)
     main = os.environ.get("RANK", "0") == "0"
@@ -112,21 +112,6 @@ def _run_folder(output: Path, *, resume: bool, force: bool) -> Path:
             "begin anew"
         )
     return run
-
-
-def _teacher(conversion: Conversion, name: str | None, checkpoint: Path | None, trust_factory: bool) -> nn.Module:
-    from ilmconvert import load_conversion
-    from ilmconvert.checkpoint import is_saved
-    from ilmconvert.sources import is_factory
-
-    if name is None:
-        if checkpoint is not None:
-            raise UsageError("expected --teacher with --teacher-checkpoint: the model that the weights are for")
-        return conversion.original()
-    if is_saved(name) and checkpoint is None:
-        return load_conversion(name, trust_factory=trust_factory).original()
-    pretrained = checkpoint is None and not is_factory(name)
-    return open_model(name, pretrained=pretrained, checkpoint=checkpoint, trust_factory=trust_factory).model
 
 
 def _reset_classifier(model: nn.Module, images: Path, labels: bool) -> None:

@@ -7,6 +7,7 @@
                                  model_args), or the factory; and what wrote it, under ``ilmconvert``
 ``plan.json``                    every decision; loading replays it
 ``README.md``                    a short model card with the report
+``calibration.json``             the account of a calibration
 ``recover.*``                    of a recovery: its log (csv, jsonl), account (json) and curve (png)
 ===============================  =====================================================================
 """
@@ -48,7 +49,7 @@ WEIGHTS, NORMS, CONFIG, PLAN, CARD = (
     "README.md",
 )
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-RECORDS = ("recover.csv", "recover.json", "recover.jsonl", "recover.png")
+RECORDS = ("calibration.json", "recover.csv", "recover.json", "recover.jsonl", "recover.png")
 FILES = (WEIGHTS, NORMS, CONFIG, PLAN, CARD, *RECORDS)
 
 

@@ -1,0 +1,42 @@
+"""One process or several: the process group that ``torchrun`` asks for."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import distributed
+
+__all__ = ["from_all", "process_group"]
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[tuple[int, int]]:
+    """(rank, world size) of this process, in a group if ``torchrun`` started several and there is none yet.
+
+    Example:
+        >>> with process_group() as (rank, world_size):
+        ...     rank, world_size
+        (0, 1)
+    """
+    asked = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    ours = asked and not distributed.is_initialized()
+    if ours:
+        distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield (distributed.get_rank(), distributed.get_world_size()) if asked else (0, 1)
+    finally:
+        if ours:
+            distributed.destroy_process_group()
+
+
+def from_all(value: dict[Any, Any]) -> dict[Any, Any]:
+    """The dicts of all processes together."""
+    if not distributed.is_initialized():
+        return value
+    found: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(found, value)
+    return {key: item for part in found for key, item in part.items()}
