@@ -3,8 +3,8 @@
 EfficientNet-Lite0 with ImageNet weights; crops of photographs to train on, and of other photographs to measure on.
 
 Run: ``python -m benchmarks.recover [FOLDER]`` (needs ``pip install -e '.[bench,train]'``). FOLDER is a saved conversion
-to start from, a calibrated one for instance; without it, the bare conversion is. ``--paper`` starts from the paper's
-own predictor (16 channels to a key group, no gains), which cannot hold what Batch Norm computes.
+to start from, a calibrated one for instance; without it, the bare conversion. ``--paper`` starts from the paper's own
+predictor (16 channels to a key group, no gains), which cannot hold what Batch Norm computes.
 """
 
 from __future__ import annotations

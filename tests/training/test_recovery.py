@@ -94,7 +94,7 @@ def test_only_the_ilm_layers_train_when_the_rest_is_frozen(teacher: nn.Module, s
 
 
 def test_norms_that_stay_keep_their_statistics_when_frozen(teacher: nn.Module) -> None:
-    student = ilmconvert.convert(teacher, exclude="1").model
+    student = conversion(teacher, exclude="1").model
     runs = {
         freeze: ilmconvert.recover(teacher, student, images(60), freeze=freeze, **SHORT | {"steps": 20}).model
         for freeze in (True, False)
@@ -130,7 +130,7 @@ def test_random_state_and_modes_are_left_alone(teacher: nn.Module, student: nn.M
 
 
 def test_half_precision_models_train_in_float32_and_come_back_in_half(teacher: nn.Module) -> None:
-    low = ilmconvert.convert(teacher.bfloat16(), example_inputs=images(2).bfloat16()).model
+    low = conversion(teacher.bfloat16()).model
     try:
         recovery = ilmconvert.recover(teacher, low, images(60), **SHORT | {"steps": 40})
     finally:
