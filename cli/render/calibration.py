@@ -40,4 +40,4 @@ def print_calibration(report: CalibrationReport, broken: dict[Path, str]) -> Non
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.4f} %"
+    return f"{100 * share:.4f} %" if share >= -1 else "< -100 %"

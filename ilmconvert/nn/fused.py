@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ilmconvert.nn.functional import Config, Parameters, key_features, plain_ilm_norm, predict
 
-__all__ = ["fused_ilm_norm"]
+__all__ = ["fused_ilm_norm", "transformed"]
 
 _OFFSET = 300.0  # mean^2 / variance from which on a variance by E[x^2] - E[x]^2 is not taken
 
@@ -35,7 +35,7 @@ def fused_ilm_norm(x: Tensor, parameters: Parameters, config: Config) -> Tensor 
     """ILM-Norm of ``x`` by a fused path, or None where the plain formula has to serve; see :func:`plain_ilm_norm`."""
     shape, _, _, how = config
     standard = how.center and how.scale_by == "var" and how.eps is not None
-    if not standard or not x.is_contiguous() or x.numel() == 0 or _transformed(x):
+    if not standard or not x.is_contiguous() or x.numel() == 0 or transformed(x):
         return None
     if how.layout == "sample":
         return _Sample.apply(x, *parameters, config)  # type: ignore[no-any-return]
@@ -44,7 +44,7 @@ def fused_ilm_norm(x: Tensor, parameters: Parameters, config: Config) -> Tensor 
     return None
 
 
-def _transformed(x: Tensor) -> bool:
+def transformed(x: Tensor) -> bool:
     """Whether something looks at the operations: a compiler, a tracer, functorch, forward mode, fake tensors."""
     return (
         torch.compiler.is_compiling()

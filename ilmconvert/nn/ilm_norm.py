@@ -20,6 +20,7 @@ from ilmconvert.nn.functional import (
 from ilmconvert.nn.fused import fused_ilm_norm
 from ilmconvert.nn.grouping import bottleneck, key_groups, nearest_groups
 from ilmconvert.nn.predictor import MetaPredictor
+from ilmconvert.nn.silent import base_norm, is_silent
 
 __all__ = ["ILMNorm", "ILMNormAct", "Mode"]
 
@@ -244,6 +245,8 @@ def ilm_norm(x: Tensor, parameters: Parameters, config: Config) -> Tensor:
     with torch.autocast(x.device.type, enabled=False) if autocast_enabled(x) else nullcontext():
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         same = parameters.to(wide.dtype)
+        if is_silent(wide, same):
+            return base_norm(wide, same, config).to(dtype)
         y = fused_ilm_norm(wide, same, config)
         return (plain_ilm_norm(wide, same, config) if y is None else y).to(dtype)
 

@@ -179,3 +179,17 @@ def test_no_more_is_saved_for_backward_than_group_norm_saves(
     own = sum(p.numel() * p.element_size() for p in layer.parameters())
     theirs = sum(p.numel() * p.element_size() for p in base.parameters())
     assert (saved_bytes(layer, x) - own) / (saved_bytes(base, x) - theirs) < limit
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_silent_predictor_costs_nothing_in_inference(case: str) -> None:
+    layer, x = live(case)
+    layer.predictor.silence()
+    expected = layer(x).detach()
+    with torch.no_grad(), mock.patch.object(layer_module, "fused_ilm_norm") as fused:
+        assert relative(expected, layer(x)) < 1e-12
+        assert not fused.called
+        layer.predictor.shift_decoder.weight[0, 0] = 1.0
+        fused.return_value = x
+        layer(x)
+        assert fused.called
