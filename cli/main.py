@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import click
 from ilmconvert_cli.commands.convert import convert
 from ilmconvert_cli.commands.inspect import inspect
+from ilmconvert_cli.commands.survey import survey
 from ilmconvert_cli.commands.verify import verify
 
 __all__ = ["cli", "main"]
@@ -25,7 +26,7 @@ def cli() -> None:
     """
 
 
-for command in (inspect, convert, verify):
+for command in (inspect, convert, verify, survey):
     cli.add_command(command)
 
 

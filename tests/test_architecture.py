@@ -26,6 +26,7 @@ FLOORS = {
     "verification": 6,
     "conversion": 6,
     "checkpoint": 7,
+    "survey": 7,
 }
 LATE = {("conversion", "checkpoint")}  # Conversion.save is sugar for checkpoint.save, imported when it is called
 
