@@ -46,7 +46,7 @@ def call_as_module(model: nn.Module, decision: Decision) -> nn.Module:
         raise PlanError(f"expected to trace {site.owner!r} for its {site.class_name} call, but: {error}") from error
     if found is None or found.function != site.norm or found.refusal or hasattr(owner, call.child):
         raise PlanError(
-            f"expected the forward of {site.owner!r} to call {site.norm} as {call.name!r}; the plan is for another model"
+            f"expected the forward of {site.owner!r} to call {site.norm} ({call.name}); the plan is for another model"
         )
     module = as_module(found, owner, None if site.spec is None else site.spec.num_channels)
     if isinstance(module, Refusal):

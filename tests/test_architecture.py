@@ -24,6 +24,7 @@ FLOORS = {
     "report": 4.5,
     "redirection": 4.5,
     "rewrite": 5,
+    "probing": 5,
     "verification": 6,
     "conversion": 6,
     "checkpoint": 7,

@@ -16,7 +16,7 @@ from typing import Any, TypeGuard, cast
 
 from torch import Tensor, fx, nn
 
-from ilmconvert.graph.tracer import FUNCTIONAL_NORMS, TraceError, concrete_defaults
+from ilmconvert.graph.tracer import FUNCTIONAL_NORMS, TraceError, concrete_defaults, harmless_read
 from ilmconvert.norms import Refusal
 
 __all__ = [
@@ -225,6 +225,9 @@ def _refusal(node: fx.Node, arguments: Mapping[str, Any], owner: nn.Module) -> R
             return Refusal("functional", f"its {slot} is computed in the forward pass, so no layer can own it")
         if slot in ("weight", "bias") and _is_attribute(value) and not isinstance(_at(owner, value), nn.Parameter):
             return Refusal("functional", f"its {slot} is not a parameter of the module that calls it")
+    targets = {v.target for slot in _SLOTS if _is_attribute(v := arguments.get(slot))}
+    if any(n.op == "get_attr" and n.target in targets and not harmless_read(n) for n in node.graph.nodes):
+        return Refusal("parameters-read", "other code computes with its parameters too")
     for name, value in arguments.items():
         if name not in ("input", *_SLOTS) and any(isinstance(v, fx.Node) for v in _flat(value)):
             return Refusal("functional", f"its {name} depends on the input, so it is no layer of fixed size")

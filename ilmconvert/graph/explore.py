@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import fx, nn
 
-from ilmconvert.graph.tracer import FUNCTIONAL_NORMS, TraceError, trace
+from ilmconvert.graph.tracer import FUNCTIONAL_NORMS, TraceError, harmless_read, trace
 
 __all__ = ["Exploration"]
 
@@ -80,7 +80,7 @@ class Exploration:
     def _node(self, path: str, root: nn.Module, node: fx.Node, how: str) -> None:
         if node.op == "call_function" and node.target in FUNCTIONAL_NORMS:
             self.functional.append((_owner(path, node), node, FUNCTIONAL_NORMS[node.target]))
-        if node.op == "get_attr" and not _harmless(node):
+        if node.op == "get_attr" and not harmless_read(node):
             home = root.get_submodule(str(node.target).rpartition(".")[0])
             self.read |= {home} & self.norms
         if node.op != "call_module":
@@ -95,14 +95,6 @@ class Exploration:
     def _reach(self, module: nn.Module, how: str) -> None:
         self.found.setdefault(module, how)
         self.calls[module] = self.calls.get(module, 0) + 1
-
-
-def _harmless(node: fx.Node) -> bool:
-    """Whether a tensor is only asked for its dtype, device or shape, or given to a norm function."""
-    return all(
-        user.target in FUNCTIONAL_NORMS or (user.target is getattr and user.args[1] in ("dtype", "device", "shape"))
-        for user in node.users
-    )
 
 
 def _owner(path: str, node: fx.Node) -> str:

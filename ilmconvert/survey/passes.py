@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from ilmconvert.graph import Inputs
+from ilmconvert.probing import fill_zeros_
 from ilmconvert.survey.walk import norm_like
 
 __all__ = ["Pass", "perturb_norms", "run_pass"]
@@ -72,6 +73,7 @@ def perturb_norms(model: nn.Module) -> None:
     """
     generator = torch.Generator().manual_seed(0)
     norms = set(norm_like(model))
+    fill_zeros_(model)
     for path, module in model.named_modules():
         tensors = (
             *module.named_parameters(recurse=False),
@@ -85,5 +87,3 @@ def perturb_norms(model: nn.Module) -> None:
                 tensor.copy_(noise + 0.5)
             elif path in norms:
                 tensor.copy_(0.4 * noise - 0.2)
-            elif isinstance(tensor, nn.Parameter) and tensor.abs().max() < 1e-3:
-                tensor.copy_(0.1 * noise if tensor.ndim == 1 else 0.04 * noise - 0.02)
