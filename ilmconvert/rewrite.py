@@ -8,6 +8,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from ilmconvert.errors import PlanError
+from ilmconvert.folding import refuse_folding_
 from ilmconvert.graph.inputs import first_tensor
 from ilmconvert.graph.shadow import copy_model
 from ilmconvert.graph.sites import norm_paths
@@ -96,12 +97,13 @@ def _replacement(module: nn.Module, decision: Decision, fallback: Tensor | None)
 
 def replace_modules_(model: nn.Module, replacements: dict[str, nn.Module]) -> nn.Module:
     """Put modules in place, at every given path; returns the model, or the replacement of the root itself."""
-    if "" in replacements:
+    if "" in replacements:  # a norm itself
         return replacements[""]
     for path, replacement in replacements.items():
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, replacement)
     _set_fused_paths_(model)
+    refuse_folding_(model)
     return model
 
 

@@ -22,6 +22,7 @@ FLOORS = {
     "sources": 3,
     "plan": 4,
     "report": 4.5,
+    "folding": 4.5,
     "redirection": 4.5,
     "rewrite": 5,
     "probing": 5,

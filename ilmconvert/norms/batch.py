@@ -28,6 +28,11 @@ from ilmconvert.norms.spec import NormSpec
 _SPATIAL = {"BatchNorm2d": 2, "BatchNormAct2d": 2, "FrozenBatchNorm2d": 2, "FrozenBatchNormAct2d": 2, "BatchNorm3d": 3}
 
 
+def _spatial(module: nn.Module) -> int | None:
+    names = [c.__name__ for c in type(module).__mro__]
+    return next((n for name in names for known, n in _SPATIAL.items() if name.endswith(known)), None)
+
+
 @register(
     "torch.nn.modules.batchnorm.BatchNorm1d",
     "torch.nn.modules.batchnorm.BatchNorm2d",
@@ -42,6 +47,11 @@ class Batch(NormHandler):
     """``nn.BatchNorm*``, synchronized and frozen ones, and timm's with dropout and activation."""
 
     family = "batch"
+    eps: float | None = None  # where the class writes it into its forward
+
+    def eps_of(self, module: nn.Module) -> float:
+        """What is added to the variance."""
+        return float(module.eps if self.eps is None else self.eps)  # type: ignore[arg-type]
 
     def describe(self, module: nn.Module) -> NormSpec:
         """The grouping is left open: it is the user's choice."""
@@ -52,8 +62,8 @@ class Batch(NormHandler):
         return NormSpec(
             shape=(int(module.num_features) if known is None else known.numel(),),  # type: ignore[arg-type]
             num_groups=None,
-            standardization=Standardization(eps=module.eps, output="promoted" if frozen else "input"),  # type: ignore[arg-type]
-            spatial_ndim=next((n for c in type(module).__mro__ if (n := _SPATIAL.get(c.__name__))), None),
+            standardization=Standardization(eps=self.eps_of(module), output="promoted" if frozen else "input"),
+            spatial_ndim=_spatial(module),
             has_act=has_act(module),
             preserves=False,
         )
@@ -65,9 +75,10 @@ class Batch(NormHandler):
         if mean is None or var is None:
             return gamma, beta
         mean, var = mean.detach().double(), var.detach().double()
-        a = (1.0 if gamma is None else gamma.detach().double()) * torch.rsqrt(var + module.eps)
+        eps = self.eps_of(module)
+        a = (1.0 if gamma is None else gamma.detach().double()) * torch.rsqrt(var + eps)
         within, centers = var.view(num_groups, -1), mean.view(num_groups, -1)
-        sigma = (within.mean(1) + centers.var(1, correction=0) + module.eps).sqrt()
+        sigma = (within.mean(1) + centers.var(1, correction=0) + eps).sqrt()
         size = len(mean) // num_groups
         scale = a * sigma.repeat_interleave(size)
         shift = a * (centers.mean(1).repeat_interleave(size) - mean) + (0.0 if beta is None else beta.detach().double())

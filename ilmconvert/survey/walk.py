@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 __all__ = ["norm_like"]
 
 _KNOWN = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d)
-_NAME = re.compile(r"norm|(?<![a-z])bn(?![a-z])|frn|grn|abn|affine|rms", re.IGNORECASE)
+_NAME = re.compile(r"norm|(?<![a-z])bn(?![a-z])|frn|grn|abn|^affine$|rms", re.IGNORECASE)
 _MATRICES = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding, nn.Bilinear)
 
 
