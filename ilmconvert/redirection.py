@@ -41,7 +41,7 @@ def call_as_module(model: nn.Module, decision: Decision) -> nn.Module:
     assert call is not None
     copy = shadow(owner, FakeTensorMode(allow_non_fake_inputs=True))
     try:
-        found = {f.call.name: f for f in find_calls(copy, _ranks(decision))}.get(call.name)
+        found = {f.call.name: f for f in find_calls(copy, _ranks(decision)).calls}.get(call.name)
     except TraceError as error:
         raise PlanError(f"expected to trace {site.owner!r} for its {site.class_name} call, but: {error}") from error
     if found is None or found.function != site.norm or found.refusal or hasattr(owner, call.child):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, TypeGuard, cast
@@ -118,7 +118,22 @@ def _trace(owner: nn.Module, training: bool) -> fx.Graph:
     return graph
 
 
-def find_calls(owner: nn.Module, ranks: Mapping[str, int]) -> tuple[FoundCall, ...]:
+@dataclass(frozen=True)
+class OwnerCalls:
+    """The functional norms of one owner, each once; and in the order its present mode runs them, by name."""
+
+    calls: tuple[FoundCall, ...]
+    order: tuple[tuple[str, str], ...]  # function, name
+
+    def share(self, call: FoundCall, shapes: Sequence[Any]) -> tuple[Any, ...] | None:
+        """Of what one function was given in a run, what belongs to ``call``; None if the run went another way."""
+        order = [name for function, name in self.order if function == call.function]
+        if not order or len(shapes) % len(order):
+            return None
+        return tuple(shape for i, shape in enumerate(shapes) if order[i % len(order)] == call.call.name)
+
+
+def find_calls(owner: nn.Module, ranks: Mapping[str, int]) -> OwnerCalls:
     """The norms that ``owner``'s forward calls as functions, each once, those of its present mode first.
 
     Args:
@@ -133,7 +148,8 @@ def find_calls(owner: nn.Module, ranks: Mapping[str, int]) -> tuple[FoundCall, .
     for mode in (owner.training, not owner.training):
         for _, call in nodes[mode]:
             found.setdefault(call.call.name, call)
-    return tuple(found.values())
+    order = tuple((call.function, call.call.name) for _, call in nodes[owner.training])
+    return OwnerCalls(tuple(found.values()), order)
 
 
 def norm_nodes(

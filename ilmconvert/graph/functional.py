@@ -84,25 +84,14 @@ def _of_owner(
     except TraceError as error:
         yield from _untraced(owner, module, nodes, run, str(error))
         return
-    for call in found:
-        alike = [c for c in found if c.function == call.function]
-        shapes = _own_shapes(
-            call, alike, [s for c, shapes in ran.items() if c.function == call.function for s in shapes]
-        )
+    for call in found.calls:
+        shapes = found.share(call, [s for c, given in ran.items() if c.function == call.function for s in given])
         reads = _norm_read(owner, module, call, exploration)
         yield _described(owner, module, call, shapes, how, run, reads)
-    for seen in ran:
-        if not any(seen.function == c.function for c in found):  # inside a helper that the trace did not enter
-            yield _refused(
-                owner, module, seen.function, seen.on_weight, "run", "a helper function makes the call", seen.reads
-            )
-
-
-def _own_shapes(call: FoundCall, alike: list[FoundCall], shapes: list[tuple[int, ...]]) -> Shapes:
-    """The shapes that belong to one of several calls of a function, if they come in even rounds."""
-    if len(shapes) % len(alike):
-        return tuple(shapes) if len(alike) == 1 else ()
-    return tuple(shapes[alike.index(call) :: len(alike)])
+    for other in ran:
+        if not any(other.function == c.function for c in found.calls):  # inside a helper that the trace did not enter
+            why = "a helper function makes the call"
+            yield _refused(owner, module, other.function, other.on_weight, "run", why, other.reads)
 
 
 def _norm_read(owner: str, module: nn.Module, call: FoundCall, exploration: Exploration) -> str | None:
@@ -112,7 +101,7 @@ def _norm_read(owner: str, module: nn.Module, call: FoundCall, exploration: Expl
 
 
 def _described(
-    owner: str, module: nn.Module, found: FoundCall, shapes: Shapes, how: str, run: Run, reads: str | None
+    owner: str, module: nn.Module, found: FoundCall, shapes: Shapes | None, how: str, run: Run, reads: str | None
 ) -> FunctionalNorm:
     refusal = found.refusal
     if refusal is None and owner in run.unusual:
@@ -125,7 +114,8 @@ def _described(
         own = find(child)
         if not isinstance(own, Entry) or own.handler.describe(child) != entry.handler.describe(norm):
             entry = Refusal("functional", "it computes something else than the norm module whose parameters it uses")
-    common = {"found": how, "shapes": tuple(dict.fromkeys(shapes)), "calls": len(shapes) if run.completed else None}
+    calls = len(shapes) if run.completed and shapes is not None else None
+    common = {"found": how, "shapes": tuple(dict.fromkeys(shapes or ())), "calls": calls}
     if not isinstance(entry, Entry) or not isinstance(norm, nn.Module):
         refusal = entry if isinstance(entry, Refusal) else None
         return FunctionalNorm(owner, module, found.call.name, found.function, refusal=refusal, reads=reads, **common)  # type: ignore[arg-type]
