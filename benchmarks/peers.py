@@ -65,8 +65,25 @@ def is_batch_norm(norm: nn.Module) -> bool:
     return isinstance(entry, Entry) and entry.handler.family == "batch"
 
 
-def activation(norm: nn.Module) -> bool:
-    return not isinstance(getattr(norm, "act", nn.Identity()), nn.Identity)
+def activation(norm: nn.Module) -> nn.Module | None:
+    act = getattr(norm, "act", None)
+    return None if isinstance(act, nn.Identity) else act
+
+
+def loses_activation(norm: nn.Module, layer: nn.Module) -> bool:
+    """Whether a norm's own activation no longer runs: a module of that name may be there and never be called."""
+    if activation(norm) is None:
+        return False
+    act, calls = activation(layer), []
+    if act is None:
+        return True
+    handle = act.register_forward_hook(lambda *_: calls.append(1))
+    width = next(iter(norm.parameters(recurse=False))).numel()
+    try:
+        layer.eval()(torch.rand(2, width, 4, 4) if "1d" not in type(norm).__name__ else torch.rand(2, width, 4))
+    finally:
+        handle.remove()
+    return not calls
 
 
 def measure(name: str, tool: str) -> dict[str, Any]:
@@ -85,7 +102,7 @@ def measure(name: str, tool: str) -> dict[str, Any]:
         "converted": len(replaced),
         "batch_norms_missed_silently": sum(is_batch_norm(norms[p]) for p in left if p not in told),
         "left_without_a_word": sum(p not in told for p in left),
-        "activations_lost": sum(activation(norms[p]) and not activation(m) for p, m in replaced.items()),
+        "activations_lost": sum(loses_activation(norms[p], m) for p, m in replaced.items()),
         "scale_or_shift_lost": sum(not _keeps_affine(norms[p], m) for p, m in replaced.items()),
     }
 
