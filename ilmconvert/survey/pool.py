@@ -45,7 +45,7 @@ class _Slot(Generic[Task]):
         if self.executor is None:
             context = multiprocessing.get_context("spawn")
             self.executor = ProcessPoolExecutor(1, context, initializer=_bound, initargs=(self.memory_limit,))
-            self.pid, self.done = self.executor.submit(os.getpid).result(), 0
+            self.pid, self.done = self.executor.submit(_ready, work).result(), 0
         self.task, self.future = task, self.executor.submit(work, task)
         self.deadline = time.monotonic() + time_limit if time_limit else float("inf")
 
@@ -126,6 +126,12 @@ def _wait(slots: Sequence[_Slot[Any]]) -> None:
             if time.monotonic() >= slot.deadline:
                 slot.kill()
         wait(running, 10, return_when=FIRST_COMPLETED)
+
+
+def _ready(work: object) -> int:
+    """The process's id, once it has imported what ``work`` needs: time limits are for the tasks alone."""
+    del work
+    return os.getpid()
 
 
 def _bound(memory_limit: float | None) -> None:
