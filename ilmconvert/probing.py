@@ -130,14 +130,15 @@ def immovable_layers(model: nn.Module, layers: Layers, inputs: Inputs) -> list[s
 
 
 def _stirs(model: nn.Module, layer: ILMNorm, inputs: Inputs) -> bool:
-    """Whether the output moves when the layer's decoders are given large values."""
-    weights: list[Tensor] = [layer.predictor.scale_decoder.weight, layer.predictor.shift_decoder.weight]
+    """Whether the output moves when the predictor is given large weights that no ReLU stops: variances are positive."""
+    encoder, decoders = layer.predictor.encoder, (layer.predictor.scale_decoder, layer.predictor.shift_decoder)
 
     def change() -> None:
-        for weight in weights:
-            weight.data.add_(3 * _noise(weight))
+        encoder.weight.data.copy_(_noise(encoder.weight).abs() + 0.1)
+        for decoder in decoders:
+            decoder.weight.data.add_(3 * _noise(decoder.weight))
 
-    return moves(model, inputs, weights, change)
+    return moves(model, inputs, [encoder.weight, *(decoder.weight for decoder in decoders)], change)
 
 
 @torch.no_grad()
