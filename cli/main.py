@@ -12,6 +12,7 @@ from ilmconvert_cli.commands.calibrate import calibrate
 from ilmconvert_cli.commands.convert import convert
 from ilmconvert_cli.commands.inspect import inspect
 from ilmconvert_cli.commands.recover import recover
+from ilmconvert_cli.commands.survey import survey
 from ilmconvert_cli.commands.verify import verify
 
 __all__ = ["cli", "main"]
@@ -27,7 +28,7 @@ def cli() -> None:
     """
 
 
-for command in (inspect, convert, calibrate, recover, verify):
+for command in (inspect, convert, calibrate, recover, verify, survey):
     cli.add_command(command)
 
 

@@ -20,8 +20,9 @@ from ilmconvert.graph.tracer import TraceError, trace
 from ilmconvert.nn import ILMNorm, ILMNormAct
 from ilmconvert.options import ConvertOptions
 from ilmconvert.plan import Plan, make_plan
+from ilmconvert.redirection import get_module, put_calls_back_
 from ilmconvert.report import Report
-from ilmconvert.rewrite import get_module, replace_modules_, rewrite
+from ilmconvert.rewrite import replace_modules_, rewrite
 from ilmconvert.sources import Source
 
 __all__ = ["Conversion", "Progress", "apply_plan", "convert", "inspect"]
@@ -78,13 +79,15 @@ class Conversion:
         originals = dict(zip(current.originals, norms, strict=True))
         replacements: dict[str, nn.Module] = {}
         for decision in current.plan.converted:
-            norm, layer = originals[decision.path], get_module(model, decision.path)
+            norm, layer = originals[decision.path], get_module(model, decision.site.layer_path)
             norm.train(layer.training)
             if isinstance(layer, ILMNormAct):
                 norm.drop, norm.act = layer.drop, layer.act
             if (like := first_tensor(layer)) is not None:
                 norm.to(like.device, like.dtype)
-            replacements.update(dict.fromkeys(decision.site.paths, norm))
+            if decision.site.call is None:
+                replacements.update(dict.fromkeys(decision.site.paths, norm))
+        put_calls_back_(model, current.plan, originals)
         return replace_modules_(model, replacements)
 
     def original(self) -> nn.Module:
@@ -104,7 +107,9 @@ class Conversion:
 
     def current(self) -> Conversion:
         """This conversion as the model stands now, without layers replaced since (a head that was reset)."""
-        gone = {d.path for d in self.plan.converted if not isinstance(_module_at(self.model, d.path), ILMNorm)}
+        gone = {
+            d.path for d in self.plan.converted if not isinstance(_module_at(self.model, d.site.layer_path), ILMNorm)
+        }
         if not gone:
             return self
         reason = "the layer was replaced after the conversion"

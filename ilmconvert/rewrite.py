@@ -1,4 +1,4 @@
-"""Carry out a plan on a copy of a model, and take it back."""
+"""Carry out a plan on a copy of a model."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from ilmconvert.errors import PlanError
+from ilmconvert.folding import refuse_folding_
 from ilmconvert.graph.inputs import first_tensor
 from ilmconvert.graph.shadow import copy_model
 from ilmconvert.graph.sites import norm_paths
 from ilmconvert.nn import ILMNorm
 from ilmconvert.norms import Entry, build_ilm, class_name, find
 from ilmconvert.plan import Decision, Plan
+from ilmconvert.redirection import call_as_module, get_module, redirect_calls_
 
-__all__ = ["get_module", "replace_modules_", "rewrite"]
+__all__ = ["replace_modules_", "rewrite"]
 
 
 def rewrite(
@@ -38,15 +40,16 @@ def rewrite(
     result = copy_model(model)
     _check_complete(result, plan)
     fallback = first_tensor(result)
-    norms = {decision.path: _checked(result, decision) for decision in plan.converted}
+    norms = {decision.path: _norm(result, decision) for decision in plan.converted}
     originals = copy.deepcopy(norms)  # together, so that parameters they share stay shared
-    replacements: dict[str, nn.Module] = {}
+    layers: dict[str, nn.Module] = {}
     for decision in plan.converted:
-        replacement = _replacement(norms[decision.path], decision, fallback)
-        replacements.update(dict.fromkeys(decision.site.paths, replacement))
+        layers[decision.path] = _replacement(norms[decision.path], decision, fallback)
         if on_site is not None:
             on_site(decision)
-    return replace_modules_(result, replacements), originals
+    modules = {path: layers[d.path] for d in plan.converted if d.site.call is None for path in d.site.paths}
+    redirect_calls_(result, plan, layers)
+    return replace_modules_(result, modules), originals
 
 
 def _check_complete(model: nn.Module, plan: Plan) -> None:
@@ -57,6 +60,11 @@ def _check_complete(model: nn.Module, plan: Plan) -> None:
             f"expected a decision for every norm, but the plan has none for {', '.join(missing[:3])}; make the plan "
             "anew, or skip the norm in it"
         )
+
+
+def _norm(model: nn.Module, decision: Decision) -> nn.Module:
+    """The norm of a decision; a functional one as the torch module that computes the same."""
+    return _checked(model, decision) if decision.site.call is None else call_as_module(model, decision)
 
 
 def _checked(model: nn.Module, decision: Decision) -> nn.Module:
@@ -87,26 +95,15 @@ def _replacement(module: nn.Module, decision: Decision, fallback: Tensor | None)
         raise PlanError(f"at {decision.path!r}: {error}") from error
 
 
-def get_module(model: nn.Module, path: str) -> nn.Module:
-    """The module at ``path``.
-
-    Raises:
-        PlanError: there is none.
-    """
-    try:
-        return model.get_submodule(path)
-    except AttributeError as error:
-        raise PlanError(f"expected a module at {path!r} of {type(model).__name__}, but: {error}") from error
-
-
 def replace_modules_(model: nn.Module, replacements: dict[str, nn.Module]) -> nn.Module:
     """Put modules in place, at every given path; returns the model, or the replacement of the root itself."""
-    if "" in replacements:
+    if "" in replacements:  # a norm itself
         return replacements[""]
     for path, replacement in replacements.items():
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, replacement)
     _set_fused_paths_(model)
+    refuse_folding_(model)
     return model
 
 

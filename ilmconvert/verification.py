@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +15,10 @@ from torch.utils._pytree import tree_flatten
 from ilmconvert.errors import IlmconvertError, UsageError
 from ilmconvert.graph import Inputs, example_inputs
 from ilmconvert.graph.shadow import copy_model
-from ilmconvert.graph.sites import norm_paths
+from ilmconvert.graph.sites import find_sites, norm_paths
 from ilmconvert.nn import ILMNorm
 from ilmconvert.norms import Entry, find
+from ilmconvert.probing import fill_zeros_, immovable_layers, instead_of_forward, layers_read_around, moves
 
 __all__ = ["Check", "Verification", "relative_difference", "verify"]
 
@@ -81,7 +84,7 @@ def verify(
     """
     inputs = _inputs(original, example_inputs)
     checks = [_modes(original, converted), _norms_left(converted)]
-    exact = not _inexact(original, converted)
+    exact = not _inexact(original, converted, inputs)
     before = _outputs(copy_model(original).eval(), inputs, "the original")
     probe = copy_model(converted).eval()
     silent = _silent_layers(original, probe, inputs)
@@ -93,6 +96,7 @@ def verify(
     passed = difference <= tolerance if exact else None
     wanted = f"at most {tolerance:g} asked" if exact else "equality is not expected of batch statistics or mode paper"
     checks.append(Check("outputs", passed, f"relative difference {difference:.2e} ({wanted})"))
+    checks += _around(original, probe, inputs)
     checks += [_training(copy_model(converted), inputs, batch) for batch in ("as given", "one sample")]
     return Verification(tuple(checks), difference)
 
@@ -162,10 +166,13 @@ def _norms_left(converted: nn.Module) -> Check:
     return Check("norms left", None, f"{layers} ILM layers, {len(left)} other norms{': ' if left else ''}{_some(left)}")
 
 
-def _inexact(original: nn.Module, converted: nn.Module) -> list[str]:
+def _inexact(original: nn.Module, converted: nn.Module, inputs: Inputs) -> list[str]:
     """Paths where a conversion took place that cannot start with the norm's own output."""
     replaced = {name for name, m in converted.named_modules(remove_duplicate=False) if isinstance(m, ILMNorm)}
     inexact = []
+    if replaced - {name for name, _ in original.named_modules(remove_duplicate=False)}:  # norms that were calls
+        calls = (site for site in find_sites(original, inputs).sites if site.call is not None and site.spec is not None)
+        inexact = [s.layer_path for s in calls if s.layer_path in replaced and not (s.spec and s.spec.preserves)]
     for module, paths in norm_paths(original).items():
         entry = find(module)
         if paths[0] in replaced and isinstance(entry, Entry):
@@ -193,16 +200,62 @@ def _silent_layers(original: nn.Module, converted: nn.Module, inputs: Inputs) ->
     return Check("layers run", not bypassed, f"bypassed: {_some(bypassed)}" if bypassed else told)
 
 
+def _around(original: nn.Module, probe: nn.Module, inputs: Inputs) -> list[Check]:
+    """Whether all that a layer holds acts through its forward, and each layer can move the output."""
+    layers = {name: m for name, m in probe.named_modules() if isinstance(m, ILMNorm)}
+    read, still = set(), list(layers)
+    fill_zeros_(probe)
+    modes = (True, False) if _runs(probe.train(), inputs) else (False,)
+    for training in modes:  # evaluation last: that is the mode the probe came in
+        probe.train(training)
+        read |= set(layers_read_around(probe, layers, inputs))
+        still = immovable_layers(probe, {name: layers[name] for name in still}, inputs)
+    before = dict(copy_model(original).eval().named_modules(remove_duplicate=False))
+    fill_zeros_(before[""])
+    lost = [name for name in still if name in before and _moves_output(before[""], before[name], inputs)]
+    told = "their scale and shift act through their forward alone"
+    can = f"{len(layers) - len(still)} of {len(layers)} can" + (f", idle as before: {_some(still)}" if still else "")
+    return [
+        Check(
+            "nothing goes around the layers", not read, f"read by other code: {_some(sorted(read))}" if read else told
+        ),
+        Check("layers move the output", not lost, f"without effect: {_some(lost)}" if lost else can),
+    ]
+
+
+def _runs(model: nn.Module, inputs: Inputs) -> bool:
+    """Whether there is no error; the checks of training tell of one."""
+    with torch.no_grad():
+        try:
+            inputs(model)
+        except Exception:
+            return False
+    return True
+
+
+def _moves_output(model: nn.Module, norm: nn.Module, inputs: Inputs) -> bool:
+    parameters = list(norm.parameters(recurse=False))
+
+    @torch.no_grad()
+    def change() -> None:
+        for parameter in parameters:
+            parameter.add_(torch.rand_like(parameter) + 0.5)
+
+    return moves(model, inputs, parameters, change)
+
+
 def _called(model: nn.Module, names: set[str], inputs: Inputs) -> set[str]:
     called: set[str] = set()
-    handles = [
-        module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
-        for name, module in model.named_modules(remove_duplicate=False)
-        if name in names
-    ]
-    _outputs(model, inputs, "the model")
-    for handle in handles:
-        handle.remove()
+
+    def note(name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        called.add(name)
+        return forward(*args, **kwargs)
+
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            if name in names:
+                stack.enter_context(instead_of_forward(module, partial(note, name)))
+        _outputs(model, inputs, "the model")
     return called
 
 

@@ -26,13 +26,17 @@ FLOORS = {
     "images": 3,
     "plan": 4,
     "report": 4.5,
+    "folding": 4.5,
+    "redirection": 4.5,
     "rewrite": 5,
+    "probing": 5,
     "verification": 6,
     "calibration": 6,
     "conversion": 6,
     "training": 6,
     "timm_entry": 8,
     "checkpoint": 7,
+    "survey": 7,
 }
 LATE = {("conversion", "checkpoint")}  # Conversion.save is sugar for checkpoint.save, imported when it is called
 

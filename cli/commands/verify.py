@@ -28,8 +28,8 @@ def verify(
 ) -> None:
     """Compare the converted model in DIR with its original norms put back.
 
-    Outputs, shapes, training at the given batch size and with one sample, modes, and whether every ILM layer runs. Ends
-    with 1 if a check fails.
+    Outputs, shapes, training at the given batch size and with one sample, modes, and whether every ILM layer runs, can
+    move the output, and is not gone around by other code. Ends with 1 if a check fails.
     """
     from ilmconvert_cli.render.verification import print_verification
 

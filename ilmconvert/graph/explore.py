@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import fx, nn
 
-from ilmconvert.graph.tracer import FUNCTIONAL_NORMS, TraceError, trace
+from ilmconvert.graph.tracer import FUNCTIONAL_NORMS, TraceError, harmless_read, trace
 
 __all__ = ["Exploration"]
 
@@ -21,6 +21,7 @@ class Exploration:
         found: norm to how it was found, in the order of discovery.
         calls: norm to the number of call nodes.
         functional: (owner path, node, function name) of norms that are plain calls.
+        read: norms whose tensors the forward code around them uses.
         untraced: module path to the reason it could not be traced.
     """
 
@@ -29,6 +30,7 @@ class Exploration:
     found: dict[nn.Module, str] = field(default_factory=dict)
     calls: dict[nn.Module, int] = field(default_factory=dict)
     functional: list[tuple[str, fx.Node, str]] = field(default_factory=list)
+    read: set[nn.Module] = field(default_factory=set)
     untraced: dict[str, str] = field(default_factory=dict)
 
     def explore(self) -> Exploration:
@@ -78,6 +80,9 @@ class Exploration:
     def _node(self, path: str, root: nn.Module, node: fx.Node, how: str) -> None:
         if node.op == "call_function" and node.target in FUNCTIONAL_NORMS:
             self.functional.append((_owner(path, node), node, FUNCTIONAL_NORMS[node.target]))
+        if node.op == "get_attr" and not harmless_read(node):
+            home = root.get_submodule(str(node.target).rpartition(".")[0])
+            self.read |= {home} & self.norms
         if node.op != "call_module":
             return
         module = root.get_submodule(str(node.target))

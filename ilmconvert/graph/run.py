@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -22,11 +23,15 @@ Shapes = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True)
 class FunctionalCall:
-    """A norm that ran as a function: the path of the module that called it, the function, and whether on a weight."""
+    """A norm that ran as a function: the path of the module that called it, the function, and whether on a weight.
+
+    ``reads`` is the path of the norm module whose parameters it was given, if they are a norm module's.
+    """
 
     owner: str
     function: str
     on_weight: bool
+    reads: str | None = None
 
 
 @dataclass(frozen=True)
@@ -35,13 +40,15 @@ class Run:
 
     Attributes:
         shapes: norm to its input shapes, in execution order.
-        functional: norms that ran as functions.
+        functional: norms that ran as functions, to the shapes of their inputs.
+        unusual: owners of such norms that were called with other values than the defaults of their parameters.
         completed: the pass ran to its end.
         error: why it did not.
     """
 
     shapes: dict[nn.Module, Shapes] = field(default_factory=dict)
-    functional: tuple[FunctionalCall, ...] = ()
+    functional: dict[FunctionalCall, Shapes] = field(default_factory=dict)
+    unusual: frozenset[str] = frozenset()
     completed: bool = False
     error: str | None = None
 
@@ -53,28 +60,49 @@ class _Recorder(TorchFunctionMode):
         super().__init__()
         self.norms, self.names = norms, {module: name for name, module in model.named_modules()}
         self.running: list[nn.Module] = []
+        self.arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self.shapes: dict[nn.Module, Shapes] = {}
-        self.functional: dict[FunctionalCall, None] = {}
+        self.functional: dict[FunctionalCall, Shapes] = {}
+        self.unusual: set[str] = set()
+        self.homes = {id(p): self.names[norm] for norm in norms for p in norm.parameters(recurse=False)}
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.running.append(module)
+        self.arguments.append((args, kwargs))
         if module in self.norms:
             x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
             self.shapes[module] = (*self.shapes.get(module, ()), () if x is None else tuple(x.shape))
 
     def leave(self, *_: object) -> None:
         self.running.pop()
+        self.arguments.pop()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func in FUNCTIONAL_NORMS and not self.norms.intersection(self.running):
-            x = args[0] if args else (kwargs or {}).get("input")
-            owner = self.names[self.running[-1]] if self.running else ""
-            base = getattr(x, "_base", None)
-            on_weight = isinstance(x, nn.Parameter) or isinstance(base, nn.Parameter)
-            self.functional[FunctionalCall(owner, FUNCTIONAL_NORMS[func], on_weight)] = None
+            self._note(FUNCTIONAL_NORMS[func], args, kwargs or {})
         return func(*args, **(kwargs or {}))
+
+    def _note(self, function: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs.get("input")
+        owner = self.names[self.running[-1]] if self.running else ""
+        base = getattr(x, "_base", None)
+        on_weight = isinstance(x, nn.Parameter) or isinstance(base, nn.Parameter)
+        reads = next((self.homes[id(v)] for v in (*args[1:], *kwargs.values()) if id(v) in self.homes), None)
+        call = FunctionalCall(owner, function, on_weight, reads)
+        shape = tuple(x.shape) if isinstance(x, Tensor) else ()
+        self.functional[call] = (*self.functional.get(call, ()), shape)
+        if self.running and _unusual(self.running[-1], *self.arguments[-1]):
+            self.unusual.add(owner)
+
+
+def _unusual(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a parameter with a default was given something else: a trace takes the defaults."""
+    signature = inspect.signature(module.forward)
+    given = signature.bind(*args, **kwargs).arguments
+    defaults = {p.name: p.default for p in signature.parameters.values() if p.default is not p.empty}
+    return any(name in given and given[name] is not value for name, value in defaults.items())
 
 
 def record_run(model: nn.Module, inputs: Inputs, mode: FakeTensorMode, norms: set[nn.Module]) -> Run:
@@ -90,4 +118,4 @@ def record_run(model: nn.Module, inputs: Inputs, mode: FakeTensorMode, norms: se
                 inputs.map(mode.from_tensor)(model)
         except Exception as failure:  # a forward pass may raise anything; the reason goes into the report
             error = f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}"
-    return Run(recorder.shapes, tuple(recorder.functional), completed=error is None, error=error)
+    return Run(recorder.shapes, recorder.functional, frozenset(recorder.unusual), completed=error is None, error=error)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from torch import fx, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ilmconvert.graph.calls import Call
 from ilmconvert.graph.explore import Exploration
+from ilmconvert.graph.functional import FunctionalNorm, functional_norms
 from ilmconvert.graph.inputs import Inputs
 from ilmconvert.graph.run import Run, record_run
 from ilmconvert.graph.shadow import refuse_opaque, shadow
@@ -33,6 +35,9 @@ class Site:
         found: ``graph``, ``graph (other mode)``, ``inside PATH`` (a traced piece), ``run`` or ``walk``.
         calls: how often one forward pass runs it; None if unknown.
         input_shapes: the input's shape in each of these calls, where an input size was known.
+        call: what is known of a functional norm's call; None for a module.
+        read_by: calls (``owner:name``) of a norm function on this module's own parameters; they are made to run the
+            layer that takes the module's place.
     """
 
     paths: tuple[str, ...]
@@ -45,6 +50,8 @@ class Site:
     found: str = "walk"
     calls: int | None = None
     input_shapes: tuple[tuple[int, ...], ...] = ()
+    call: Call | None = None
+    read_by: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.paths:
@@ -54,6 +61,18 @@ class Site:
     def path(self) -> str:
         """The canonical qualified name."""
         return self.paths[0]
+
+    @property
+    def owner(self) -> str:
+        """Path of the module that makes a functional norm's call."""
+        return self.path.rpartition(":")[0]
+
+    @property
+    def layer_path(self) -> str:
+        """Where the ILM layer of a converted norm is."""
+        if self.call is None:
+            return self.path
+        return f"{self.owner}.{self.call.child}" if self.owner else self.call.child
 
     @property
     def class_name(self) -> str:
@@ -100,9 +119,11 @@ def find_sites(model: nn.Module, inputs: Inputs | None = None) -> SiteSearch:
     exploration = Exploration(copy, set(norms)).explore()
     run = Run() if inputs is None else record_run(copy, inputs, mode, set(norms))
     in_order = dict.fromkeys([*run.shapes, *exploration.found, *norms])  # what ran first, then what was seen first
-    sites = [_site(module, norms[module], exploration, run) for module in in_order]
+    functional = functional_norms(copy, exploration, run)
+    sites = [_site(module, norms[module], exploration, run, functional) for module in in_order]
+    calls = (_call_site(norm, copy) for norm in functional if not norm.reads)
     return SiteSearch(
-        sites=(*sites, *_functional_sites(exploration, run), *_unregistered_sites(copy)),
+        sites=(*sites, *calls, *_unregistered_sites(copy)),
         untraced=exploration.untraced,
         run_error=run.error,
         shapes_known=inputs is not None and run.error is None,
@@ -125,8 +146,16 @@ def norm_paths(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
     return {module: tuple(names) for module, names in paths.items()}
 
 
-def _site(module: nn.Module, paths: tuple[str, ...], exploration: Exploration, run: Run) -> Site:
+def _site(
+    module: nn.Module,
+    paths: tuple[str, ...],
+    exploration: Exploration,
+    run: Run,
+    functional: Sequence[FunctionalNorm],
+) -> Site:
     found = find(module)
+    read_by, blocked = _reading(paths, functional, module in exploration.read)
+    found = blocked if blocked is not None and isinstance(found, Entry) else found
     entry = found if isinstance(found, Entry) else None
     shapes = run.shapes.get(module, ())
     calls: int | None = exploration.calls.get(module)
@@ -143,27 +172,44 @@ def _site(module: nn.Module, paths: tuple[str, ...], exploration: Exploration, r
         found=exploration.found.get(module) or ("run" if shapes else "walk"),
         calls=calls,
         input_shapes=tuple(dict.fromkeys(shapes)),
+        read_by=read_by,
     )
 
 
-def _functional_sites(exploration: Exploration, run: Run) -> Iterator[Site]:
-    """Norms that are a call and no module: reported, and refused with what they are."""
-    seen = set()
-    for owner, node, function in exploration.functional:
-        seen.add((owner, function))
-        yield _functional_site(owner, node.name, function, _on_weight(node), "graph")
-    for call in run.functional:  # here the node is not known: the function's full name tells calls apart
-        if (call.owner, call.function) not in seen:
-            yield _functional_site(call.owner, call.function, call.function, call.on_weight, "run")
+def _reading(
+    paths: tuple[str, ...], functional: Sequence[FunctionalNorm], read: bool
+) -> tuple[tuple[str, ...], Refusal | None]:
+    """The calls on a norm module's own parameters that can be redirected, or why the module has to stay."""
+    calls = [norm for norm in functional if norm.reads in paths]
+    blocked = next((norm.refusal for norm in calls if norm.refusal), None)
+    if blocked is not None:
+        reason = f"{calls[0].owner or 'the model'} uses its parameters in a function call: {blocked.reason}"
+        return (), Refusal("parameters-read", reason)
+    if read:
+        return (), Refusal(
+            "parameters-read", "the code around it computes with its parameters, not with its output alone"
+        )
+    return tuple(norm.path for norm in calls), None
 
 
-def _functional_site(owner: str, name: str, function: str, on_weight: bool, found: str) -> Site:
-    refusal = _WEIGHT_STANDARDIZATION if on_weight else _FUNCTIONAL
-    return Site((f"{owner}:{name}" if owner else name,), function, refusal=refusal, found=found, calls=1)
+def _call_site(norm: FunctionalNorm, model: nn.Module) -> Site:
+    spec = norm.spec
+    names = [n for n, m in model.named_modules(remove_duplicate=False) if m is norm.module] or [norm.owner]
+    return Site(
+        paths=tuple(f"{name}:{norm.name}" if name else norm.name for name in names),
+        norm=norm.function,
+        family=norm.family,
+        spec=spec,
+        refusal=norm.refusal,
+        parameters=norm.parameters,
+        training=norm.training,
+        found=norm.found,
+        calls=norm.calls,
+        input_shapes=norm.shapes,
+        call=norm.call,
+    )
 
 
-_FUNCTIONAL = Refusal("functional", "the norm is a function call, not a module")
-_WEIGHT_STANDARDIZATION = Refusal("weight-standardization", "it standardizes a convolution's weight, not an activation")
 _UNREGISTERED = Refusal(
     "unregistered", "it is kept in a plain Python container, where no state dict sees it; use ModuleList or ModuleDict"
 )
@@ -187,17 +233,3 @@ def _unregistered_sites(model: nn.Module) -> Iterator[Site]:
                     if find(norm) is not None:
                         full = ".".join(part for part in (path, f"{name}[{key!r}]", inner) if part)
                         yield Site((full,), class_name(type(norm)), refusal=_UNREGISTERED, training=norm.training)
-
-
-def _on_weight(node: fx.Node) -> bool:
-    """Whether a norm's input is computed from parameters alone: then it standardizes a weight."""
-    seen, stack = set(), [node.args[0] if node.args else node.kwargs.get("input")]
-    while stack:
-        source = stack.pop()
-        if not isinstance(source, fx.Node) or source in seen:
-            continue
-        if source.op in ("placeholder", "call_module"):
-            return False
-        seen.add(source)
-        stack.extend(source.all_input_nodes)
-    return True

@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from ilmconvert.norms import find
 
-__all__ = ["FUNCTIONAL_NORMS", "NormTracer", "TraceError", "concrete_defaults", "trace"]
+__all__ = ["FUNCTIONAL_NORMS", "NormTracer", "TraceError", "concrete_defaults", "harmless_read", "trace"]
 
 FUNCTIONAL_NORMS: dict[Callable[..., Any], str] = {
     getattr(module, name): f"{prefix}.{name}"
@@ -76,3 +76,11 @@ def _timm_leaves() -> tuple[tuple[type, ...], tuple[Callable[..., Any], ...]]:
     from timm.layers import get_notrace_functions, get_notrace_modules
 
     return tuple(get_notrace_modules()), tuple(f for f in get_notrace_functions() if callable(f))
+
+
+def harmless_read(node: fx.Node) -> bool:
+    """Whether a tensor is only asked for its dtype, device or shape, or given to a norm function."""
+    return all(
+        user.target in FUNCTIONAL_NORMS or (user.target is getattr and user.args[1] in ("dtype", "device", "shape"))
+        for user in node.users
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from ilmconvert.nn.silent import base_norm, is_silent
 __all__ = ["ILMNorm", "ILMNormAct", "Mode"]
 
 Mode = Literal["preserve", "paper"]
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked", "track_running_stats", "momentum")
 
 
 class ILMNorm(nn.Module):
@@ -132,6 +133,15 @@ class ILMNorm(nn.Module):
                 f"does is {near}"
             )
         return value
+
+    def __getattr__(self, name: str) -> Any:
+        """Tell code that folds a Batch Norm into a convolution why it cannot (``fuse``, ``reparameterize``)."""
+        if name in _STATISTICS:
+            raise AttributeError(
+                f"{type(self).__name__} has no {name!r}: it takes its statistics from each instance, so it cannot be "
+                "folded into a convolution; revert the conversion (Conversion.revert) before fusing the model"
+            )
+        return super().__getattr__(name)
 
     @property
     def num_channels(self) -> int:

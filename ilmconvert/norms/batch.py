@@ -41,6 +41,11 @@ REACH = 64.0  # in units of the expected deviation; measured in benchmarks/start
 _SPATIAL = {"BatchNorm2d": 2, "BatchNormAct2d": 2, "FrozenBatchNorm2d": 2, "FrozenBatchNormAct2d": 2, "BatchNorm3d": 3}
 
 
+def _spatial(module: nn.Module) -> int | None:
+    names = [c.__name__ for c in type(module).__mro__]
+    return next((n for name in names for known, n in _SPATIAL.items() if name.endswith(known)), None)
+
+
 @register(
     "torch.nn.modules.batchnorm.BatchNorm1d",
     "torch.nn.modules.batchnorm.BatchNorm2d",
@@ -55,6 +60,11 @@ class Batch(NormHandler):
     """``nn.BatchNorm*``, synchronized and frozen ones, and timm's with dropout and activation."""
 
     family = "batch"
+    eps: float | None = None  # where the class writes it into its forward
+
+    def eps_of(self, module: nn.Module) -> float:
+        """What is added to the variance."""
+        return float(module.eps if self.eps is None else self.eps)  # type: ignore[arg-type]
 
     def describe(self, module: nn.Module) -> NormSpec:
         """The grouping is left open: it is the user's choice."""
@@ -65,8 +75,8 @@ class Batch(NormHandler):
         return NormSpec(
             shape=(int(module.num_features) if known is None else known.numel(),),  # type: ignore[arg-type]
             num_groups=None,
-            standardization=Standardization(eps=module.eps, output="promoted" if frozen else "input"),  # type: ignore[arg-type]
-            spatial_ndim=next((n for c in type(module).__mro__ if (n := _SPATIAL.get(c.__name__))), None),
+            standardization=Standardization(eps=self.eps_of(module), output="promoted" if frozen else "input"),
+            spatial_ndim=_spatial(module),
             has_act=has_act(module),
             preserves=False,
         )
@@ -74,7 +84,7 @@ class Batch(NormHandler):
     def affine(self, module: nn.Module, num_groups: int) -> tuple[Tensor | None, Tensor | None]:
         """Scale and shift that are right on average over the data the running statistics come from."""
         gamma, beta = getattr(module, "weight", None), getattr(module, "bias", None)
-        if (known := _statistics(module, num_groups)) is None:
+        if (known := _statistics(module, num_groups, self.eps_of(module))) is None:
             return gamma, beta
         a, deviation, center, mean = known
         shift = a * (center - mean) + (0.0 if beta is None else beta.detach().double())
@@ -84,7 +94,7 @@ class Batch(NormHandler):
     def set_predictor_(self, module: nn.Module, layer: ILMNorm) -> None:
         """Undo the instance's standardization, where the predictor is shown each norm group's own statistics."""
         predictor, groups = layer.predictor, layer.num_groups
-        known = _statistics(module, groups)
+        known = _statistics(module, groups, self.eps_of(module))
         fits = layer.num_key_groups == groups and layer.hidden_features >= 2 * groups
         if known is None or not fits or layer.mode == "paper" or predictor.key_center is None:
             return
@@ -99,12 +109,12 @@ class Batch(NormHandler):
             layer.shift_gain.copy_(a * reach)
 
 
-def _statistics(module: nn.Module, groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+def _statistics(module: nn.Module, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
     """The slope ``a``, the group's expected deviation and mean, and the running mean, each per channel in float64."""
     mean, var = getattr(module, "running_mean", None), getattr(module, "running_var", None)
     if not isinstance(mean, Tensor) or not isinstance(var, Tensor):
         return None
-    gamma, eps = getattr(module, "weight", None), float(module.eps)  # type: ignore[arg-type]
+    gamma = getattr(module, "weight", None)
     mean, var = mean.detach().double(), var.detach().double()
     a = (1.0 if gamma is None else gamma.detach().double()) * torch.rsqrt(var + eps)
     within, centers = var.view(groups, -1), mean.view(groups, -1)

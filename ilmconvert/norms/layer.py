@@ -30,8 +30,12 @@ class Layer(NormHandler):
 
     def describe(self, module: nn.Module) -> NormSpec:
         """Read the module's own normalized_shape and eps."""
+        return self.over(module, self.layout)
+
+    def over(self, module: nn.Module, layout: Layout) -> NormSpec:
+        """The module's function in a layout."""
         how = Standardization(
-            layout=self.layout,
+            layout=layout,
             eps=module.eps,  # type: ignore[arg-type]
             output="input" if returns_input_dtype(module) else "native",
         )

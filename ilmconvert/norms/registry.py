@@ -170,7 +170,7 @@ def _accept(module: nn.Module, cls: type, entry: Entry) -> Entry | Refusal:
 def _suspect(module: nn.Module) -> Refusal | None:
     """A class of unknown origin that calls itself a norm is reported, not passed over; not if it holds other layers."""
     name = type(module).__name__
-    looks = "norm" in name.lower() and not name.startswith(_NEVER_NORMS)
+    looks = "norm" in name.lower() and not name.lstrip("_").startswith(_NEVER_NORMS)
     if not looks or any(
         find(m) or next(m.parameters(False), None) is not None for m in module.modules() if m is not module
     ):

@@ -230,3 +230,16 @@ def test_installed_script_runs(tmp_path: Path) -> None:
     assert result.returncode == 0
     assert "norms would be converted" in result.stdout
     assert "\x1b[" not in result.stdout  # plain text when piped
+
+
+def test_survey_writes_records_and_page(capsys: Output) -> None:
+    arguments = ["survey", "test_vit", "test_resnet", "-o", "survey.jsonl", "--markdown", "coverage.md"]
+    assert main(arguments) == 0
+    assert "2 of 2" in capsys.readouterr().out
+    assert "| test_vit | ok | meta | 13 | 13 | 0 | whole | exact |" in Path("coverage.md").read_text()
+    assert main(arguments) == 2
+    assert main([*arguments, "--resume"]) == 0
+    assert len(Path("survey.jsonl").read_text().splitlines()) == 3  # two models, one session: nothing was run again
+    assert main(["survey", "nonsense"]) == 2
+    assert main(["survey", "--resume"]) == 2
+    assert "expected --output FILE to resume from" in capsys.readouterr().err

@@ -1,0 +1,160 @@
+"""The functional norms of a model: what tracing and running saw, joined with what each owner's own forward tells."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from ilmconvert.graph.calls import (
+    WEIGHT_STANDARDIZATION,
+    Call,
+    FoundCall,
+    as_module,
+    find_calls,
+    from_attributes,
+    function_name,
+)
+from ilmconvert.graph.explore import Exploration
+from ilmconvert.graph.run import Run, Shapes
+from ilmconvert.graph.tracer import TraceError
+from ilmconvert.norms import Entry, NormSpec, Refusal, find
+
+__all__ = ["FunctionalNorm", "functional_norms"]
+
+
+@dataclass(frozen=True)
+class FunctionalNorm:
+    """One norm that a module calls as a function; see :class:`ilmconvert.graph.sites.Site` for the fields.
+
+    Attributes:
+        module: the owner.
+        reads: path of the norm module whose parameters the call uses; None where there is none.
+    """
+
+    owner: str
+    module: nn.Module
+    name: str
+    function: str
+    found: str
+    refusal: Refusal | None = None
+    family: str | None = None
+    spec: NormSpec | None = None
+    parameters: int = 0
+    calls: int | None = None
+    shapes: Shapes = ()
+    call: Call | None = None
+    reads: str | None = None
+
+    @property
+    def path(self) -> str:
+        """Owner and call."""
+        return f"{self.owner}:{self.name}" if self.owner else self.name
+
+    @property
+    def training(self) -> bool:
+        """The owner's flag."""
+        return self.module.training
+
+
+def functional_norms(model: nn.Module, exploration: Exploration, run: Run) -> tuple[FunctionalNorm, ...]:
+    """Every functional norm of a (shadow) model, convertible or refused."""
+    nodes: dict[str, list[fx.Node]] = {}
+    for owner, node, _ in exploration.functional:
+        nodes.setdefault(owner, []).append(node)
+    owners = dict.fromkeys([*nodes, *(call.owner for call in run.functional)])
+    seen: set[nn.Module] = set()
+    result: list[FunctionalNorm] = []
+    for owner in owners:
+        module = model.get_submodule(owner)
+        if module not in seen:
+            seen.add(module)
+            result += _of_owner(owner, module, nodes.get(owner, []), run, exploration)
+    return tuple(result)
+
+
+def _of_owner(
+    owner: str, module: nn.Module, nodes: list[fx.Node], run: Run, exploration: Exploration
+) -> Iterator[FunctionalNorm]:
+    ran = {call: shapes for call, shapes in run.functional.items() if call.owner == owner}
+    how = "graph" if nodes else "run"
+    try:
+        found = find_calls(module, {c.function: len(shapes[0]) for c, shapes in ran.items() if shapes})
+    except TraceError as error:
+        yield from _untraced(owner, module, nodes, run, str(error))
+        return
+    for call in found.calls:
+        shapes = found.share(call, [s for c, given in ran.items() if c.function == call.function for s in given])
+        reads = _norm_read(owner, module, call, exploration)
+        yield _described(owner, module, call, shapes, how, run, reads)
+    for other in ran:
+        if not any(other.function == c.function for c in found.calls):  # inside a helper that the trace did not enter
+            why = "a helper function makes the call"
+            yield _refused(owner, module, other.function, other.on_weight, "run", why, other.reads)
+
+
+def _norm_read(owner: str, module: nn.Module, call: FoundCall, exploration: Exploration) -> str | None:
+    if (child := call.call.module) is None or module.get_submodule(child) not in exploration.norms:
+        return None
+    return f"{owner}.{child}" if owner else child
+
+
+def _described(
+    owner: str, module: nn.Module, found: FoundCall, shapes: Shapes | None, how: str, run: Run, reads: str | None
+) -> FunctionalNorm:
+    refusal = found.refusal
+    if refusal is None and owner in run.unusual:
+        refusal = Refusal("functional", "its module is called with other values than the defaults of its parameters")
+    channels = shapes[0][1] if shapes and len(shapes[0]) > 1 else None
+    norm = refusal or as_module(found, module, channels)
+    entry = find(norm) if isinstance(norm, nn.Module) else norm
+    child = module.get_submodule(found.call.module) if reads and found.call.module else None
+    if child is not None and isinstance(entry, Entry) and isinstance(norm, nn.Module):
+        own = find(child)
+        if not isinstance(own, Entry) or own.handler.describe(child) != entry.handler.describe(norm):
+            entry = Refusal("functional", "it computes something else than the norm module whose parameters it uses")
+    calls = len(shapes) if run.completed and shapes is not None else None
+    common = {"found": how, "shapes": tuple(dict.fromkeys(shapes or ())), "calls": calls}
+    if not isinstance(entry, Entry) or not isinstance(norm, nn.Module):
+        refusal = entry if isinstance(entry, Refusal) else None
+        return FunctionalNorm(owner, module, found.call.name, found.function, refusal=refusal, reads=reads, **common)  # type: ignore[arg-type]
+    return FunctionalNorm(
+        owner,
+        module,
+        found.call.name,
+        found.function,
+        family=entry.handler.family,
+        spec=entry.handler.describe(norm),
+        parameters=sum(p.numel() for p in norm.parameters()),
+        call=found.call,
+        reads=reads,
+        **common,  # type: ignore[arg-type]
+    )
+
+
+def _untraced(owner: str, module: nn.Module, nodes: list[fx.Node], run: Run, error: str) -> Iterator[FunctionalNorm]:
+    """Without the owner's graph, the calls are known by what the whole graph and the run saw."""
+    functions = set()
+    why = f"torch.fx cannot follow the module that makes the call: {error}"
+    for node in nodes:
+        functions.add(function := function_name(node))
+        x = node.args[0] if node.args else node.kwargs.get("input")
+        yield _refused(owner, module, function, from_attributes(x), "graph", why, name=node.name)
+    for call in run.functional:
+        if call.owner == owner and call.function not in functions:
+            yield _refused(owner, module, call.function, call.on_weight, "run", why, call.reads)
+
+
+def _refused(
+    owner: str,
+    module: nn.Module,
+    function: str,
+    on_weight: bool,
+    found: str,
+    why: str,
+    reads: str | None = None,
+    name: str | None = None,
+) -> FunctionalNorm:
+    refusal = WEIGHT_STANDARDIZATION if on_weight else Refusal("functional", why)
+    return FunctionalNorm(owner, module, name or function, function, found, refusal, calls=1, reads=reads)

@@ -1,0 +1,33 @@
+"""timm's architectures, at the input size each declares."""
+
+from __future__ import annotations
+
+import timm
+from torch import nn
+
+from ilmconvert.graph import Inputs, example_inputs
+
+__all__ = ["build", "inputs", "names", "needs_values"]
+
+
+def names() -> list[str]:
+    """Every architecture."""
+    return timm.list_models()  # type: ignore[no-any-return]
+
+
+def build(name: str) -> nn.Module:
+    """Without pretrained weights."""
+    return timm.create_model(name)  # type: ignore[no-any-return]
+
+
+def inputs(name: str, model: nn.Module, batch_size: int, *, training: bool) -> Inputs:
+    """One image tensor."""
+    found = example_inputs(model, batch_size=batch_size)
+    if found is None:
+        raise ValueError(f"{name} declares no input size")
+    return found
+
+
+def needs_values(name: str) -> bool:
+    """None does."""
+    return False

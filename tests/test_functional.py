@@ -1,0 +1,184 @@
+"""Norms that are function calls: converted in the module that makes the call, which stays what it was."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import ilmconvert
+from ilmconvert.errors import PlanError
+from ilmconvert.nn import ILMNorm
+from tests.helpers import relative, same_state
+
+C = 16
+IMAGE, TOKENS = (2, C, 6, 5), (3, 7, C)
+
+
+class Owner(nn.Module):
+    """One call of ``norm`` on parameters of its own, between layers, with code that depends on the mode."""
+
+    def __init__(self, norm: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.norm = norm
+        self.gamma = nn.Parameter(torch.rand(C) + 0.5)
+        self.beta = nn.Parameter(torch.randn(C))
+        self.register_buffer("mean", torch.randn(C))
+        self.register_buffer("var", torch.rand(C) + 0.5)
+        self.after = nn.Linear(5, 5)
+
+    def describe_yourself(self) -> str:
+        """Used by others."""
+        return "an owner"
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        if self.training:
+            x = x + 0.5
+        return self.norm(self, x) * scale
+
+
+CALLS: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], tuple[int, ...], str]] = {
+    "layer": (lambda m, x: F.layer_norm(x, (C,), m.gamma, m.beta, 1e-3), TOKENS, "layer"),
+    "layer without parameters": (lambda m, x: F.layer_norm(x, (C,)), TOKENS, "layer"),
+    "torch.layer_norm": (lambda m, x: torch.layer_norm(x, [C], m.gamma), TOKENS, "layer"),
+    "group": (lambda m, x: F.group_norm(x, 4, m.gamma, m.beta), IMAGE, "group"),
+    "torch.group_norm": (lambda m, x: torch.group_norm(x, 4, m.gamma, m.beta), IMAGE, "group"),
+    "instance": (lambda m, x: F.instance_norm(x, weight=m.gamma, bias=m.beta), IMAGE, "instance"),
+    "rms": (lambda m, x: F.rms_norm(x, (C,), m.gamma, 1e-6), TOKENS, "rms"),
+    "batch": (lambda m, x: F.batch_norm(x, m.mean, m.var, m.gamma, m.beta, m.training), IMAGE, "batch"),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("inside", [False, True], ids=["root", "child"])
+def test_call_becomes_a_layer_of_its_owner(call: str, inside: bool) -> None:
+    norm, shape, family = CALLS[call]
+    owner = Owner(norm)
+    model = (nn.Sequential(nn.Identity(), owner) if inside else owner).eval()
+    x = torch.randn(shape)
+    before = copy.deepcopy(model)
+    conversion = ilmconvert.convert(model, example_inputs=x)
+    (decision,) = conversion.report.converted
+    assert decision.site.family == family
+    assert decision.site.input_shapes == (shape,)
+    converted = conversion.model
+    changed = converted[1] if inside else converted
+    assert isinstance(changed, Owner)
+    assert changed.describe_yourself() == "an owner"
+    assert isinstance(converted.get_submodule(decision.site.layer_path), ILMNorm)
+    assert conversion.report.exact is (family != "batch")
+    if family != "batch":
+        for mode in (True, False):  # the mode is live
+            assert relative(model.train(mode)(x), converted.train(mode)(x)) < 1e-6
+        assert relative(model(x), converted(x)) < 1e-6
+    converted.train()(x).square().mean().backward()
+    assert all(p.grad is not None for p in changed.get_submodule(decision.site.call.child).parameters())
+    assert same_state(before, model)
+    reverted = conversion.revert()
+    assert same_state(reverted, before)
+    assert type(reverted) is type(model)
+    assert torch.equal(reverted.eval()(x), before(x))
+
+
+def test_defaults_and_names_of_the_owners_parameters_survive() -> None:
+    owner = Owner(CALLS["layer"][0]).eval()
+    x = torch.randn(TOKENS)
+    converted = ilmconvert.convert(owner, example_inputs=x).model
+    assert torch.equal(converted(x=x, scale=1.0), converted(x))
+    with pytest.raises(AssertionError, match="scale has been specialized"):  # loud, not the old norm
+        converted(x, scale=2.0)
+
+
+def test_owner_called_with_other_than_its_defaults_stays_and_says_so() -> None:
+    (decision,) = ilmconvert.inspect(
+        Owner(CALLS["layer"][0]), example_inputs={"x": torch.randn(TOKENS), "scale": 2.0}
+    ).skipped
+    assert decision.code == "functional"
+    assert "other values than the defaults" in decision.reason
+
+
+def test_saved_copied_and_pickled(tmp_path: object) -> None:
+    model = nn.Sequential(Owner(CALLS["layer"][0])).eval()
+    model[0].norm = use_layer_norm
+    x = torch.randn(TOKENS)
+    conversion = ilmconvert.convert(model, example_inputs=x)
+    want = conversion.model(x)
+    conversion.save(tmp_path / "saved")
+    again = ilmconvert.load_conversion(tmp_path / "saved", model=copy.deepcopy(model))
+    assert torch.equal(again.model(x), want)
+    assert same_state(again.revert(), model)
+    assert torch.equal(copy.deepcopy(conversion.model)(x), want)
+    buffer = io.BytesIO()
+    torch.save(conversion.model, buffer)
+    buffer.seek(0)
+    assert torch.equal(torch.load(buffer, weights_only=False)(x), want)
+    assert torch.equal(conversion.graph_module()(x), want)
+
+
+def use_layer_norm(module: nn.Module, x: Tensor) -> Tensor:
+    return F.layer_norm(x, (C,), module.gamma, module.beta)
+
+
+class Several(nn.Module):
+    """Two calls on the same parameters, two on none, and one on a convolution's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.rand(C) + 0.5)
+        self.weight = nn.Parameter(torch.randn(C, C, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = F.batch_norm(self.weight.reshape(1, C, -1), None, None, training=True).reshape_as(self.weight)
+        x = F.group_norm(F.conv2d(x, weight), 4, self.gamma)
+        x = F.group_norm(torch.relu(x), 4, self.gamma)
+        return F.group_norm(torch.relu(F.group_norm(x, 2) + 1), 2)
+
+
+def test_calls_on_the_same_parameters_are_one_norm() -> None:
+    model, x = Several().eval(), torch.randn(IMAGE)
+    conversion = ilmconvert.convert(model, example_inputs=x)
+    assert len(conversion.report.converted) == 3
+    assert [d.code for d in conversion.report.skipped] == ["weight-standardization"]
+    assert sum(isinstance(m, ILMNorm) for m in conversion.model.modules()) == 3
+    assert relative(model(x), conversion.model(x)) < 1e-6
+    assert same_state(conversion.revert(), model)
+
+
+class Reader(nn.Module):
+    """Calls a function on the parameters of its norm module."""
+
+    def __init__(self, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.norm, self.eps = nn.LayerNorm(C), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, (C,), self.norm.weight, self.norm.bias, self.eps)
+
+
+def test_call_on_a_norm_modules_parameters_runs_the_layer_in_its_place() -> None:
+    model, x = nn.Sequential(Reader()), torch.randn(TOKENS)
+    conversion = ilmconvert.convert(model, example_inputs=x)
+    (decision,) = conversion.report.converted
+    assert (decision.path, decision.site.read_by) == ("0.norm", ("0:layer_norm_norm_weight",))
+    conversion.model[0].norm.predictor.shift_decoder.weight.data.fill_(0.5)
+    assert relative(model(x), conversion.model(x)) > 1e-3
+    assert ilmconvert.verify(model, ilmconvert.convert(model, example_inputs=x).model, x).passed
+    assert same_state(conversion.revert(), model) is True
+
+
+def test_call_of_another_formula_on_a_norms_parameters_leaves_both() -> None:
+    report = ilmconvert.convert(nn.Sequential(Reader(eps=0.1)), example_inputs=torch.randn(TOKENS)).report
+    assert report.converted == ()
+    assert report.skipped[0].code == "parameters-read"
+    assert "something else" in report.skipped[0].reason
+
+
+def test_plan_of_other_code_is_refused() -> None:
+    plan = ilmconvert.inspect(Owner(CALLS["layer"][0]), example_inputs=torch.randn(TOKENS)).plan
+    with pytest.raises(PlanError, match="expected the forward of"):
+        ilmconvert.apply_plan(Owner(CALLS["rms"][0]), plan)
