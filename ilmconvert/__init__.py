@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ilmconvert import checkpoint, errors, nn, norms
     from ilmconvert.checkpoint import load, load_conversion
+    from ilmconvert.comparison import GraphDiff, diff
     from ilmconvert.conversion import Conversion, apply_plan, convert, inspect
     from ilmconvert.options import ConvertOptions
     from ilmconvert.plan import Plan
@@ -25,11 +26,13 @@ __version__ = "0.1.0"
 __all__ = [
     "Conversion",
     "ConvertOptions",
+    "GraphDiff",
     "Plan",
     "Report",
     "apply_plan",
     "checkpoint",
     "convert",
+    "diff",
     "errors",
     "inspect",
     "load",
@@ -42,10 +45,12 @@ __all__ = [
 _HOME = {
     "Conversion": "conversion",
     "ConvertOptions": "options",
+    "GraphDiff": "comparison",
     "Plan": "plan",
     "Report": "report",
     "apply_plan": "conversion",
     "convert": "conversion",
+    "diff": "comparison",
     "inspect": "conversion",
     "load": "checkpoint",
     "load_conversion": "checkpoint",

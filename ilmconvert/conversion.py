@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import fx, nn
@@ -22,6 +22,9 @@ from ilmconvert.plan import Plan, make_plan
 from ilmconvert.report import Report
 from ilmconvert.rewrite import get_module, replace_modules_, rewrite
 from ilmconvert.sources import Source
+
+if TYPE_CHECKING:
+    from ilmconvert.comparison import GraphDiff
 
 __all__ = ["Conversion", "Progress", "apply_plan", "convert", "inspect"]
 
@@ -97,6 +100,14 @@ class Conversion:
         report = replace(self.report, plan=replace(self.plan, decisions=decisions))
         originals = {path: norm for path, norm in self.originals.items() if path not in gone}
         return replace(self, report=report, originals=originals)
+
+    def diff(self, *, example_inputs: Any = None) -> GraphDiff:
+        """What the conversion changed, and what was changed since; see :func:`ilmconvert.diff`."""
+        from ilmconvert.comparison import diff
+
+        name = type(self.model).__name__
+        names = (name, f"{name} converted")
+        return diff(self.revert(), self.model, example_inputs=example_inputs, names=names)
 
     def save(
         self,
