@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import click
 from ilmconvert_cli.commands.convert import convert
+from ilmconvert_cli.commands.diff import diff
 from ilmconvert_cli.commands.inspect import inspect
 from ilmconvert_cli.commands.verify import verify
 
@@ -25,7 +26,7 @@ def cli() -> None:
     """
 
 
-for command in (inspect, convert, verify):
+for command in (inspect, convert, diff, verify):
     cli.add_command(command)
 
 

@@ -20,10 +20,11 @@ Sources = tuple[str, ...]
 
 # reading a shape and reckoning with it is bookkeeping, not part of the network
 _READS = frozenset({"shape", "ndim", "dtype", "device", "size", "dim", "is_cuda", "requires_grad", "numel"})
-_RECKONS = frozenset(
-    ("getitem", "getattr", "add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "pow", "eq", "ne", "lt", "le")
-    + ("gt", "ge", "and", "or", "not", "int", "float", "round", "floor", "ceil", "sqrt", "max", "min", "len")
+_ARITHMETIC = frozenset(
+    {"add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "pow", "round", "floor", "ceil", "sqrt"}
 )
+_COMPARISONS = frozenset({"eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not"})
+_RECKONS = _ARITHMETIC | _COMPARISONS | {"getitem", "getattr", "int", "float", "max", "min", "len"}
 
 
 @dataclass

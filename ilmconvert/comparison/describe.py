@@ -30,14 +30,14 @@ def role_of(module: nn.Module) -> Role:
 
 
 def attributes(module: nn.Module) -> dict[str, str]:
-    """The public attributes of a module that are plain values, as Python prints them."""
+    """The public attributes of a module that are plain values, as Python prints them; what is None is left out."""
     result: dict[str, str] = {}
     for name, value in vars(module).items():
-        if name.startswith("_") or name in _NOT_STRUCTURE:
+        if name.startswith("_") or name in _NOT_STRUCTURE or value is None:
             continue
         if is_dataclass(value) and not isinstance(value, type):  # an ILM layer's stage 1
-            parts = {f.name: constant(getattr(value, f.name)) for f in fields(value)}
-            result |= {k: v for k, v in parts.items() if v is not None}
+            parts = {f.name: getattr(value, f.name) for f in fields(value)}
+            result |= {k: text for k, v in parts.items() if v is not None and (text := constant(v)) is not None}
         elif (text := constant(value)) is not None:
             result[name] = text
     return result

@@ -186,6 +186,12 @@ class GraphDiff:
 
         return text(self, unfold=unfold, width=width)
 
+    def to_summary(self, *, width: int = 80) -> str:
+        """At most ten lines: counts, totals, what happened most often."""
+        from ilmconvert.comparison.render.text import summary
+
+        return summary(self, width=width)
+
     def to_unified(self) -> str:
         """A unified diff of the two models' outlines, as ``diff -u`` prints; empty if they are equal."""
         from ilmconvert.comparison.render.unified import unified
@@ -203,6 +209,20 @@ class GraphDiff:
         from ilmconvert.comparison.render.html import html
 
         return html(self)
+
+    def to_image(self, form: Literal["svg", "png"] = "svg", *, block: str | None = None) -> bytes:
+        """The graph, or one block of it, drawn by graphviz.
+
+        Args:
+            form: ``svg`` or ``png``.
+            block: path of the module to draw; None draws the whole graph.
+
+        Raises:
+            UsageError: there is no such block, or graphviz is not installed.
+        """
+        from ilmconvert.comparison.render.image import image
+
+        return image(self, form, block=block)
 
     def __str__(self) -> str:
         return self.to_text()
