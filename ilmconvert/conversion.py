@@ -101,13 +101,13 @@ class Conversion:
         originals = {path: norm for path, norm in self.originals.items() if path not in gone}
         return replace(self, report=report, originals=originals)
 
-    def diff(self, *, example_inputs: Any = None) -> GraphDiff:
-        """What the conversion changed, and what was changed since; see :func:`ilmconvert.diff`."""
+    def diff(self, *, example_inputs: Any = None, numerics: Any = None) -> GraphDiff:
+        """What the conversion changed in the model as it is now; see :func:`ilmconvert.diff`."""
         from ilmconvert.comparison import diff
 
         name = type(self.model).__name__
         names = (name, f"{name} converted")
-        return diff(self.revert(), self.model, example_inputs=example_inputs, names=names)
+        return diff(self.revert(), self.model, example_inputs=example_inputs, numerics=numerics, names=names)
 
     def save(
         self,

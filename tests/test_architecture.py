@@ -21,6 +21,7 @@ FLOORS = {
     "options": 3,
     "sources": 3,
     "comparison": 4,
+    "images": 3,
     "plan": 4,
     "report": 4.5,
     "rewrite": 5,

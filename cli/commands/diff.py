@@ -14,6 +14,8 @@ from ilmconvert_cli.options import input_size_option, model_arg_option, pretrain
 from ilmconvert.errors import UsageError
 
 if TYPE_CHECKING:
+    from ilmconvert_cli.opening import Pair
+
     from ilmconvert import GraphDiff
 
 FORMATS = ("text", "unified", "markdown", "json", "html", "svg", "png")
@@ -108,18 +110,29 @@ def _check_options(form: str, output: Path | None, unfold: bool, summary: bool, 
         raise UsageError("expected --output FILE with --format png; an image cannot be printed")
 
 
-def _compare(pair: Any, numerics: str | None, limit: int | None, input_size: tuple[int, ...] | None) -> GraphDiff:
+def _compare(pair: Pair, numerics: str | None, limit: int | None, input_size: tuple[int, ...] | None) -> GraphDiff:
+    from ilmconvert_cli.render.progress import progress_bar
+
     import ilmconvert
+    from ilmconvert.comparison.batches import folder_batches, random_batches
     from ilmconvert.graph import example_inputs
 
-    if numerics is None and limit is not None:
+    batches = None
+    if numerics == "random":
+        batches = random_batches(pair.a, samples=limit, input_size=input_size)
+    elif numerics is not None:
+        batches = folder_batches(numerics, pair.a, limit=limit, input_size=input_size)
+    elif limit is not None:
         raise UsageError("expected --limit with --numerics")
-    inputs = None if input_size is None else example_inputs(pair.b, input_size=input_size, batch_size=1)
-    return ilmconvert.diff(pair.a, pair.b, example_inputs=inputs, names=pair.names)
+    inputs = None if input_size is None else example_inputs(pair.a, input_size=input_size, batch_size=1)
+    with progress_bar() as progress:
+        return ilmconvert.diff(
+            pair.a, pair.b, example_inputs=inputs, numerics=batches, names=pair.names, progress=progress
+        )
 
 
 def _render(diff: GraphDiff, form: str, *, unfold: bool, summary: bool, block: str | None) -> str | bytes:
-    if form in ("svg", "png"):
+    if form == "svg" or form == "png":
         return diff.to_image(form, block=block)
     if summary:
         return diff.to_summary()

@@ -185,6 +185,8 @@ def _is_bookkeeping(node: fx.Node, numbers: set[fx.Node]) -> bool:
     name = _function_name(node)
     if "assert" in name or name in _READS or (name == "getattr" and node.args[1] in _READS):
         return True
+    if name in _COMPARISONS and all("assert" in _function_name(user) for user in node.users):
+        return True
     return name in _RECKONS and bool(node.all_input_nodes) and numbers.issuperset(node.all_input_nodes)
 
 

@@ -7,6 +7,8 @@ from typing import Any
 from torch import nn
 
 from ilmconvert.comparison.align import align
+from ilmconvert.comparison.batches import given_batches
+from ilmconvert.comparison.numerics import Progress, measure
 from ilmconvert.comparison.reading import read_model
 from ilmconvert.comparison.rows import merge
 from ilmconvert.comparison.value import GraphDiff
@@ -21,6 +23,8 @@ def diff(
     b: nn.Module,
     *,
     example_inputs: Any = None,
+    numerics: Any = None,
+    progress: Progress | None = None,
     names: tuple[str, str] | None = None,
 ) -> GraphDiff:
     """What changed from model ``a`` to model ``b``; both are left as they are.
@@ -29,10 +33,14 @@ def diff(
         a, b: any two modules. They are read in evaluation mode, on fake tensors.
         example_inputs: what to call both with, for shapes and counts: a tensor, a tuple, or a dict of keyword
             arguments. timm models declare their own, each for itself.
+        numerics: also run both, and tell how far the outputs of matched modules are apart, on ``"random"`` inputs, the
+            images of a folder, or an iterable of batches (each a tensor, a tuple or a dict).
+        progress: called with (what, done, total).
         names: what to call the models; None takes their classes.
 
     Raises:
         UsageError: something else than two modules.
+        IlmconvertError: the models cannot be run on the inputs for ``numerics``.
         ModelError: a lazy or scripted model, or one that cannot be copied.
 
     Example:
@@ -50,4 +58,5 @@ def diff(
             raise UsageError(f"expected two torch.nn.Modules, got {model!r}; build it first (timm.create_model(name))")
     named = zip((a, b), names or (None, None), strict=True)
     before, after = (read_model(m, resolve_inputs(m, example_inputs, batch_size=1), name=name) for m, name in named)
-    return GraphDiff(before, after, merge(align(before, after)))
+    result = GraphDiff(before, after, merge(align(before, after)))
+    return result if numerics is None else measure(result, a, b, given_batches(numerics, a), progress=progress)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -60,7 +61,7 @@ def count(model: nn.Module, inputs: Inputs, mode: FakeTensorMode) -> Counted:
 
             stack.callback(module.register_forward_hook(note).remove)
         try:
-            with mode, torch.no_grad(), counter:
+            with mode, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:  # fused attention is not counted
                 inputs.map(mode.from_tensor)(model)
             macs = counter.get_total_flops() // 2
         except Exception as failure:  # a forward pass may raise anything; the reason is told

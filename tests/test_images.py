@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from ilmconvert.errors import UsageError
+from ilmconvert.images import image_batches, read_image
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Five images of several modes in nested folders, two broken files and a text."""
+    random = np.random.default_rng(0)
+    for i, mode in enumerate(("RGB", "L", "RGBA", "P", "CMYK")):
+        place = tmp_path / f"class{i % 2}" / "deep"
+        place.mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray(random.integers(0, 255, (50 + i, 40, 3), dtype=np.uint8)).convert(mode)
+        image.save(place / f"{i}.{'jpg' if mode == 'CMYK' else 'PNG'}")
+    (tmp_path / "empty.png").touch()
+    whole = (tmp_path / "class0" / "deep" / "0.PNG").read_bytes()
+    (tmp_path / "truncated.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "readme.txt").write_text("not an image")
+    return tmp_path
+
+
+def test_reads_with_timms_transform_and_reports_broken_files(folder: Path) -> None:
+    model = timm.create_model("test_resnet")
+    batches = image_batches(folder, model, batch_size=2)
+    first, second = list(batches), list(batches)
+    assert [len(b) for b in first] == [2, 2, 1]
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert {p.name for p in batches.broken} == {"empty.png", "truncated.png"}
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    readable = [file for file in batches.files if file not in batches.broken]
+    assert torch.equal(torch.cat(first), torch.stack([transform(read_image(file)) for file in readable]))
+
+
+def test_order_limit_split_and_share(folder: Path) -> None:
+    model = timm.create_model("test_resnet")
+    batches = image_batches(folder, model)
+    assert batches.files == image_batches(folder, model).files != image_batches(folder, model, seed=1).files
+    assert image_batches(folder, model, limit=3).files == batches.files[:3]
+    train, held_out = batches.split(0.3)
+    assert train.files + held_out.files == batches.files
+    assert len(held_out.files) == 2
+    shares = [batches.share(rank, 3).files for rank in range(3)]
+    assert sorted(sum(shares, ())) == sorted(batches.files)
+    assert max(map(len, shares)) - min(map(len, shares)) == 1
+    (one,) = image_batches(folder, model, limit=1, input_size=(3, 64, 64))
+    assert one.shape == (1, 3, 64, 64)
+
+
+def test_one_clear_error(folder: Path, tmp_path: Path) -> None:
+    model = timm.create_model("test_resnet")
+    (tmp_path / "none").mkdir()
+    for wrong, words in (("absent", "found none"), ("readme.txt", "found a file"), ("none", "expected images")):
+        with pytest.raises(UsageError, match=words):
+            image_batches(tmp_path / wrong, model)
+    with pytest.raises(UsageError, match="batch_size to be at least 1, got 0"):
+        image_batches(folder, model, batch_size=0)
+    with pytest.raises(UsageError, match="at least 2 images"):
+        image_batches(folder, model, limit=1).split(0.5)
