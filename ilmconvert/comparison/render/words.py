@@ -95,17 +95,25 @@ def counts_line(diff: GraphDiff) -> str:
 def totals(diff: GraphDiff) -> list[tuple[str, str, str, str]]:
     """(what, before, after, difference) of what the models cost."""
     a, b = diff.before.totals, diff.after.totals
-    rows: list[tuple[str, int | None, int | None, float, str]] = [
-        ("parameters", a.parameters, b.parameters, 1, ",.0f"),
-        ("MACs (millions)", a.macs, b.macs, 1e6, ",.1f"),
-        ("parameters and buffers (MB)", a.parameter_bytes, b.parameter_bytes, 1e6, ",.2f"),
-        ("activations (MB)", a.activation_bytes, b.activation_bytes, 1e6, ",.1f"),
+    rows = [
+        ("parameters", a.parameters, b.parameters, ""),
+        ("MACs", a.macs, b.macs, " "),
+        ("parameters and buffers", a.parameter_bytes, b.parameter_bytes, "B"),
+        ("activations", a.activation_bytes, b.activation_bytes, "B"),
     ]
     return [
-        (what, format(x / unit, form), format(y / unit, form), _difference(x, y))
-        for what, x, y, unit, form in rows
+        (what, *(_amount(n, max(x, y), unit) for n in (x, y)), _difference(x, y))
+        for what, x, y, unit in rows
         if x is not None and y is not None
     ]
+
+
+def _amount(number: int, largest: int, unit: str) -> str:
+    """A count in full, or an amount with the prefix that suits the largest to be compared with."""
+    if not unit:
+        return f"{number:,}"
+    power = min((len(str(largest)) - 1) // 3, 4)
+    return f"{number / 1000**power:,.{3 if power else 0}f} {('', 'k', 'M', 'G', 'T')[power]}{unit}".rstrip()
 
 
 def _difference(before: int, after: int) -> str:
