@@ -40,7 +40,7 @@ function drawn(tag, attributes, ...children) {
 
 const byId = (id) => document.getElementById(id);
 const pathOf = (node) => node.path || "(the model)";
-const titleOf = (node) => node.name || DIFF.names[0];
+const titleOf = (node, side) => node.name || DIFF.names[side === "before" ? 0 : 1];
 
 function classChange(row) {
   const names = [row.before, row.after].filter(Boolean).map((node) => node.cls);

@@ -54,6 +54,10 @@ function wholeNode(title, node) {
   return element("details", {}, element("summary", { textContent: title }), facts(pairs));
 }
 
+function weight([, name]) {
+  return ["num_groups", "num_key_groups", "eps"].includes(name) ? 0 : 1;
+}
+
 function showDetails() {
   const row = state.selected;
   byId("side").classList.toggle("closed", !row);
@@ -71,7 +75,7 @@ function showDetails() {
   parts.push(words, ...figures(row));
   const groups = [["class", "Class"], ["attribute", "Attributes"], ["parameter", "Parameters"], ["buffer", "Buffers"], ["graph", "In the graph"]];
   for (const [group, title] of groups) {
-    const fields = (row.f || []).filter((field) => field[0] === group);
+    const fields = (row.f || []).filter((field) => field[0] === group).sort((a, b) => weight(a) - weight(b));
     if (fields.length) parts.push(...section(title, comparison(fields)));
   }
   if (row.f) parts.push(...keptAttributes(row));

@@ -129,7 +129,10 @@ function showGraph() {
   const note = left > 0 ? [element("p", { className: "muted", textContent: `${left} more that never run, or beyond ${MOST_NODES}` })] : [];
   byId("drawing").replaceChildren(svg, ...note);
   const on = svg.querySelector(".on");
-  if (on) on.scrollIntoView({ block: "center", inline: "center" });
+  if (on) {
+    const place = plan.places[nodes.findIndex((node) => node.row === row)];
+    byId("drawing").scrollTo(place.x - byId("drawing").clientWidth / 2, place.y - byId("drawing").clientHeight / 2);
+  }
 }
 
 function startGraph() {

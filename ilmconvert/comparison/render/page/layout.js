@@ -26,7 +26,7 @@ function layout(nodes, edges) {
     const order = sweep % 2 ? [...layers].reverse() : layers;
     for (const layer of order) arrange(layer, sweep % 2 ? 1 : -1);
   }
-  for (let round = 0; round < 12; round++) for (const layer of round % 2 ? [...layers].reverse() : layers) settle(layer);
+  for (let round = 0; round < 30; round++) for (const layer of round % 2 ? [...layers].reverse() : layers) settle(layer);
   const left = Math.min(...places.map((p) => p.x - p.width / 2)), right = Math.max(...places.map((p) => p.x + p.width / 2));
   for (const place of places) {
     place.x += 8 - left;

@@ -88,4 +88,5 @@ foldWholes();
 tell("show");
 select(ROWS.find((row) => row.k.length && row.parent) || ROWS[0]);
 tree.scroller.scrollTop = 0;
+performance.mark("ready");
 document.documentElement.dataset.ready = "yes";

@@ -9,7 +9,7 @@ function treeCell(row, node, side) {
   const open = row.below.length > 0 && !state.closed.has(row.i);
   cell.append(
     element("span", { className: "twist", textContent: row.below.length ? (open ? "▾" : "▸") : "" }),
-    element("span", { className: `name ${node.kind}`, textContent: titleOf(node) + (node.kind === "call" ? "()" : "") }),
+    element("span", { className: `name ${node.kind}`, textContent: titleOf(node, side) + (node.kind === "call" ? "()" : "") }),
     element("span", { className: `cls ${node.role || ""}`, textContent: node.kind === "call" ? "" : node.cls }),
   );
   const shapes = (node.out || []).map((shape) => shape.join("×")).join(", ");
@@ -98,7 +98,7 @@ function treeKey(event) {
 function startTree() {
   byId("left").textContent = DIFF.names[0];
   byId("right").textContent = DIFF.names[1];
-  byId("error-head").textContent = DIFF.numerics ? "relative error" : "";
+  byId("error-head").textContent = DIFF.numerics ? "error" : "";
   tree.window = new Window(tree.scroller, 24, treeRow);
   tree.scroller.addEventListener("keydown", treeKey);
   listeners.show.push(showTree);
