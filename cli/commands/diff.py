@@ -132,8 +132,8 @@ def _compare(pair: Pair, numerics: str | None, limit: int | None, input_size: tu
 
 
 def _render(diff: GraphDiff, form: str, *, unfold: bool, summary: bool, block: str | None) -> str | bytes:
-    if form == "svg" or form == "png":
-        return diff.to_image(form, block=block)
+    if form in ("svg", "png"):
+        return diff.to_image("png" if form == "png" else "svg", block=block)
     if summary:
         return diff.to_summary()
     makers: dict[str, Callable[[], str]] = {

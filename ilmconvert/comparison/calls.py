@@ -73,9 +73,15 @@ def taken_whole(module: nn.Module) -> bool:
     """Whether a module is one node: norms, ILM layers, and torch.nn's own modules unless a norm is in them."""
     if role_of(module):
         return True
+    if not _has_forward(module):  # ModuleList and the like only hold others
+        return False
     if not NormTracer().is_leaf_module(module, "") or not type(module).__module__.startswith("torch."):
         return False
     return not any(role_of(m) for m in module.modules() if m is not module)
+
+
+def _has_forward(module: nn.Module) -> bool:
+    return type(module).forward is not nn.Module.forward
 
 
 class _Reader:
@@ -88,7 +94,7 @@ class _Reader:
         if path in self.calls.untraced:  # called again
             return self._again(path, inputs)
         try:
-            graph = None if isinstance(module, (nn.ModuleList, nn.ModuleDict)) else trace(module)
+            graph = trace(module) if _has_forward(module) else None
         except TraceError as error:
             self.calls.untraced[path], graph = str(error), None
         if graph is None:

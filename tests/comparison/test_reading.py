@@ -64,6 +64,26 @@ def test_untraceable_model_is_one_node_with_traced_pieces_below() -> None:
     assert {r.path for r in diff.changed} == {"stem.1", "heads.a.1", "heads.b"}
 
 
+def test_containers_without_a_forward_hide_nothing() -> None:
+    class Lists(nn.Module):
+        def __init__(self, eps: int) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Dropout(0.1 * eps)])
+            self.named = nn.ModuleDict({"a": nn.Linear(4, 2)})
+            self.idle = nn.Module()
+            self.idle.inner = nn.Tanh()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                x = layer(x)
+            return self.named["a"](x if float(x.sum()) > 0 else -x)
+
+    graph = read_model(Lists(1))
+    assert graph.root.kind == "untraced"
+    assert {"layers.0", "layers.1", "named.a", "idle.inner"} <= set(graph.by_path)
+    assert [r.path for r in ilmconvert.diff(Lists(1), Lists(2)).changed] == ["layers.1"]
+
+
 def test_tied_and_repeated_modules_are_one_node() -> None:
     graph = read_model(models.TiedNorm(), Inputs((torch.zeros(1, 3, 4, 4),)))
     node = graph.by_path["norm1"]

@@ -102,7 +102,7 @@ def totals(diff: GraphDiff) -> list[tuple[str, str, str, str]]:
         ("activations", a.activation_bytes, b.activation_bytes, "B"),
     ]
     return [
-        (what, *(_amount(n, max(x, y), unit) for n in (x, y)), _difference(x, y))
+        (what, _amount(x, max(x, y), unit), _amount(y, max(x, y), unit), _difference(x, y))
         for what, x, y, unit in rows
         if x is not None and y is not None
     ]
