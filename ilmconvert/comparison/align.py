@@ -21,6 +21,7 @@ __all__ = ["Alignment", "align"]
 
 _TABLE_LIMIT = 40_000  # pairs that the exact alignment of one gap may compare
 _ALIKE = 0.5
+_ALIKE_BLOCKS = 0.65
 
 
 class Alignment:
@@ -116,16 +117,24 @@ class Alignment:
 
     def _same_subtrees(self) -> None:
         """Subtrees that are the same, large ones first; only those with tensors, others are alike by chance."""
-        places: dict[int, list[Node]] = defaultdict(list)
-        for node in self._left(before=False):
-            if node.path in self.after.weights:
-                places[self.after.subtree[node.path]].append(node)
-        for node in self._left(before=True):
-            if node.path in self.to_after or not self._free(node, before=True):
-                continue
-            candidates = [n for n in places[self.before.subtree[node.path]] if self._free(n, before=False)]
-            if candidates:
+        sources, places = self._by_subtree(before=True), self._by_subtree(before=False)
+        for key, nodes in sources.items():
+            for node in nodes:
+                candidates = [n for n in places.get(key, ()) if self._free(n, before=False)]
+                if not candidates or not self._free(node, before=True):
+                    continue
+                one_of_many = len(nodes) > 1 or len(places[key]) > 1
+                if node.kind == "module" and one_of_many:  # a layer of a common size proves nothing
+                    continue
                 self._move(node, next((n for n in candidates if n.name == node.name), candidates[0]))
+
+    def _by_subtree(self, *, before: bool) -> dict[int, list[Node]]:
+        profile = self.before if before else self.after
+        found: dict[int, list[Node]] = defaultdict(list)
+        for node in self._left(before=before):
+            if node.path in profile.weights:
+                found[profile.subtree[node.path]].append(node)
+        return found
 
     def _free(self, node: Node, *, before: bool) -> bool:
         """Whether neither the node nor anything below it is matched."""
@@ -142,7 +151,8 @@ class Alignment:
         for node in self._left(before=True):
             for other in places[node.name] if node.path not in self.to_after else ():
                 nested = f".{other.path}".endswith(f".{node.path}") or f".{node.path}".endswith(f".{other.path}")
-                if nested and other.path not in self.to_before and self._score(node, other) >= _ALIKE:
+                enough = _ALIKE if node.kind == "module" else _ALIKE_BLOCKS
+                if nested and other.path not in self.to_before and self._score(node, other) >= enough:
                     self._move(node, other)
                     break
 
@@ -154,7 +164,7 @@ class Alignment:
         scored = [(self._score(a, b), -i, -j) for i, a in enumerate(left) for j, b in enumerate(right)]
         for score, i, j in sorted(scored, reverse=True):
             a, b = left[-i], right[-j]
-            if score >= _ALIKE and a.path not in self.to_after and b.path not in self.to_before:
+            if score >= _ALIKE_BLOCKS and a.path not in self.to_after and b.path not in self.to_before:
                 self._move(a, b)
 
     def _score(self, a: Node, b: Node) -> float:
