@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "docs" / "getting-started.md"]
+PAGES = [ROOT / "docs" / "getting-started.md", ROOT / "docs" / "diff.md"]
 
 
 def console_steps(page: Path) -> list[tuple[str, str]]:
@@ -50,6 +50,13 @@ def test_console_blocks_print_what_they_show(page: Path, tmp_path: Path) -> None
 
 def test_generated_pages_are_up_to_date() -> None:
     command = [sys.executable, str(ROOT / "docs" / "generate.py"), "--check"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.slow
+def test_real_diffs_are_up_to_date() -> None:
+    command = [sys.executable, str(ROOT / "docs" / "diffs" / "generate.py"), "--check"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
 

@@ -20,11 +20,13 @@ HERE = Path(__file__).parent
 
 
 def converted(name: str) -> GraphDiff:
+    """A timm model against its own conversion."""
     with torch.device("meta"):
         return ilmconvert.convert(timm.create_model(name)).diff()
 
 
 def pair(a: str, b: str) -> GraphDiff:
+    """Two timm models."""
     with torch.device("meta"):
         return ilmconvert.diff(timm.create_model(a), timm.create_model(b), names=(a, b))
 
