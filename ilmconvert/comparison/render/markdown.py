@@ -18,6 +18,8 @@ def markdown(diff: GraphDiff) -> str:
     parts.append("The two models have the same structure." if diff.equal else f"{counts_line(diff)}.")
     if cells := totals(diff):
         parts.append(_table(("", "before", "after", ""), [list(row) for row in cells]))
+    for error in dict.fromkeys(graph.run_error for graph in (diff.before, diff.after) if graph.run_error):
+        parts.append(f"Could not be run for shapes and counts: {_text(error)}")
     if diff.numerics is not None:
         parts.append(f"Activations compared on {_text(diff.numerics.inputs)}.")
         parts += [_text(note) for note in diff.numerics.notes]

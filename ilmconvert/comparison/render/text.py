@@ -33,7 +33,8 @@ def text(diff: GraphDiff, *, unfold: bool = False, width: int = 80) -> str:
         unfold: show equal nodes too.
         width: columns that no line exceeds.
     """
-    lines = [*_head(diff), "", *_Tree(diff, unfold, width).lines()]
+    notes = [f"  note: {printable(note)}" for note in (diff.numerics.notes if diff.numerics else ())]
+    lines = [*_head(diff), *notes, "", *_Tree(diff, unfold, width).lines()]
     return "".join(f"{_cut(line, width)}\n" for line in lines)
 
 
@@ -57,6 +58,9 @@ def _head(diff: GraphDiff) -> list[str]:
     lines = [printable(f"{diff.before.name} -> {diff.after.name}"), f"  {same}"]
     for what, before, after, difference in totals(diff):
         lines.append(f"  {what}: {before}" + (f" -> {after} ({difference})" if before != after else ""))
+    errors = dict.fromkeys(graph.run_error for graph in (diff.before, diff.after) if graph.run_error)
+    if errors:
+        lines.append(f"  could not be run for shapes and counts: {printable('; '.join(errors))}")
     if diff.numerics is not None:
         output = next((text for row in diff.rows if (text := numbers(row))), "not compared")
         lines.append(f"  outputs: {output} (on {printable(diff.numerics.inputs)})")

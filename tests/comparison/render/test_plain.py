@@ -81,6 +81,20 @@ def test_hostile_names_are_text(form: str) -> None:
         assert cells == {6}
 
 
+def test_what_could_not_be_run_or_read_is_told() -> None:
+    from dataclasses import replace
+
+    from tests.models import Failing
+
+    diff = ilmconvert.diff(Failing(), Failing(), example_inputs=torch.zeros(1, 8, 2, 2))
+    for text in (diff.to_text(), diff.to_summary(), diff.to_markdown()):
+        assert "run for shapes and counts: RuntimeError: no forward today" in text
+    diff = with_numerics()
+    run = replace(diff.numerics, notes=("not read: broken.jpg",))
+    for text in (replace(diff, numerics=run).to_text(), replace(diff, numerics=run).to_markdown()):
+        assert "not read: broken.jpg" in text
+
+
 def test_unified_is_what_patch_takes(tmp_path: Path) -> None:
     for diff in (every_kind(), hostile_diff(), with_numerics()):
         old, new = ("".join(f"{line}\n" for line in outline(g)) for g in (diff.before, diff.after))
