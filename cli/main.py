@@ -8,9 +8,11 @@ import warnings
 from collections.abc import Sequence
 
 import click
+from ilmconvert_cli.commands.calibrate import calibrate
 from ilmconvert_cli.commands.convert import convert
 from ilmconvert_cli.commands.diff import diff
 from ilmconvert_cli.commands.inspect import inspect
+from ilmconvert_cli.commands.recover import recover
 from ilmconvert_cli.commands.verify import verify
 
 __all__ = ["cli", "main"]
@@ -26,7 +28,7 @@ def cli() -> None:
     """
 
 
-for command in (inspect, convert, diff, verify):
+for command in (inspect, convert, calibrate, recover, diff, verify):
     cli.add_command(command)
 
 

@@ -10,7 +10,9 @@ from ilmconvert.errors import UsageError
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Opened", "Pair", "open_model", "open_pair", "sample_inputs"]
+    from ilmconvert import Conversion
+
+__all__ = ["Opened", "Pair", "open_model", "open_pair", "open_teacher", "sample_inputs"]
 
 
 class Opened(NamedTuple):
@@ -97,6 +99,21 @@ def open_pair(
         return open_model(name, pretrained=pretrained, model_args=model_args).model
 
     return Pair(opened(a), opened(b), (a, b))
+
+
+def open_teacher(conversion: Conversion, name: str | None, checkpoint: Path | None, trust_factory: bool) -> nn.Module:
+    """The original that a conversion is compared with: its own, or the model that the options name."""
+    from ilmconvert.checkpoint import is_saved, load_conversion
+    from ilmconvert.sources import is_factory
+
+    if name is None:
+        if checkpoint is not None:
+            raise UsageError("expected --teacher with --teacher-checkpoint: the model that the weights are for")
+        return conversion.original()
+    if is_saved(name) and checkpoint is None:
+        return load_conversion(name, trust_factory=trust_factory).original()
+    pretrained = checkpoint is None and not is_factory(name)
+    return open_model(name, pretrained=pretrained, checkpoint=checkpoint, trust_factory=trust_factory).model
 
 
 def sample_inputs(model: nn.Module, input_size: tuple[int, ...] | None) -> Any:

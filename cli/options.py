@@ -11,12 +11,15 @@ import click
 
 __all__ = [
     "CONVERSION_FIELDS",
+    "calibration_options",
     "conversion_options",
     "input_size_option",
     "json_option",
     "model_arg_option",
     "model_options",
     "pretrained_option",
+    "recovery_options",
+    "teacher_options",
     "trust_factory_option",
 ]
 
@@ -111,14 +114,24 @@ conversion_options = _all(
         type=click.Choice(["layer", "group", "instance"]),
         default="layer",
         show_default=True,
-        help="Grouping that replaces Batch Norm. 'layer' is what calibration recovers best.",
+        help="Grouping that replaces Batch Norm.",
     ),
     click.option("--groups", "num_groups", type=int, metavar="N", help="Groups for --bn-to group.  [default: 32]"),
     click.option(
         "--group-size", type=int, metavar="N", help="Channels per group for --bn-to group, instead of --groups."
     ),
-    click.option("--key-group-size", type=int, default=16, show_default=True, help="Channels per key group."),
-    click.option("--reduction", type=int, default=16, show_default=True, help="Key groups per unit of the embedding."),
+    click.option(
+        "--key-group-size",
+        type=int,
+        metavar="N",
+        help="Channels per key group.  [default: 16; for BatchNorm one key group for each group]",
+    ),
+    click.option(
+        "--reduction",
+        type=int,
+        metavar="N",
+        help="Key groups per unit of the embedding.  [default: 16; for BatchNorm two units each]",
+    ),
     click.option(
         "--mode",
         type=click.Choice(["preserve", "paper"]),
@@ -126,9 +139,101 @@ conversion_options = _all(
         show_default=True,
         help="Start from the model's function, or from the paper's initialisation.",
     ),
-    click.option("--gains", is_flag=True, help="Learn factors on the predictions (an extension of the paper)."),
+    click.option(
+        "--gains/--no-gains",
+        default=None,
+        help="Learn factors on the predictions (an extension of the paper).  [default: for BatchNorm only]",
+    ),
     click.option("--include", multiple=True, metavar="PATTERN", help="Convert only norms at these paths; repeatable."),
     click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave norms at these paths; repeatable."),
     click.option("--norm", "norms", multiple=True, metavar="NAME", help="Convert only these families or classes."),
     click.option("--skip-norm", "skip_norms", multiple=True, metavar="NAME", help="Leave these families or classes."),
+)
+
+teacher_options = _all(
+    click.option("--teacher", metavar="MODEL", help="Learn from this model instead of DIR's own original."),
+    click.option(
+        "--teacher-checkpoint",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="The teacher's weights; without it, a timm name means its pretrained weights.",
+    ),
+)
+
+calibration_options = _all(
+    click.option("--limit", type=click.IntRange(1), default=256, show_default=True, help="Images to fit to."),
+    click.option(
+        "--held-out",
+        type=click.FloatRange(0, 1, min_open=True, max_open=True),
+        default=0.2,
+        show_default=True,
+        help="Share of further images, to compare the two models on.",
+    ),
+    click.option(
+        "--held-out-images",
+        type=click.Path(path_type=Path),
+        metavar="FOLDER",
+        help="Compare on these images, instead of a share of --images.",
+    ),
+    click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Images run together."),
+    click.option(
+        "--memory",
+        type=click.FloatRange(0),
+        default=2.0,
+        show_default=True,
+        help="GiB of activations to hold; what exceeds it waits on disk.",
+    ),
+    click.option("--seed", type=int, default=0, show_default=True, help="Of which images are taken."),
+)
+
+recovery_options = _all(
+    click.option("--steps", type=int, metavar="N", help="Optimizer steps."),
+    click.option(
+        "--epochs", type=float, metavar="N", help="Passes over the images.  [default: 10 if no limit is given]"
+    ),
+    click.option(
+        "--minutes", type=float, metavar="N", help="Wall time, all included. The first limit reached ends it."
+    ),
+    click.option(
+        "--batch-size", type=int, default=32, show_default=True, help="Images in a step, shared by the processes."
+    ),
+    click.option("--lr", type=float, default=2e-4, show_default=True, help="Highest learning rate of AdamW."),
+    click.option(
+        "--meta-lr-scale", type=float, default=1.0, show_default=True, help="The same for meta parameters, relative."
+    ),
+    click.option(
+        "--weight-decay", type=float, default=0.0, show_default=True, help="Of all but norms, biases, meta parameters."
+    ),
+    click.option(
+        "--warmup", type=float, default=0.05, show_default=True, help="Share of the run with a rising learning rate."
+    ),
+    click.option("--clip", type=float, default=1.0, show_default=True, help="Largest gradient norm; 0 does not clip."),
+    click.option("--temperature", type=float, default=1.0, show_default=True, help="Of the distillation."),
+    click.option(
+        "--features", type=float, default=0.0, show_default=True, help="Weight of matching the norms' outputs too."
+    ),
+    click.option(
+        "--label-smoothing", type=float, default=0.0, show_default=True, help="Of the cross-entropy, with --labels."
+    ),
+    click.option("--freeze", is_flag=True, help="Train the ILM layers alone."),
+    click.option(
+        "--augment",
+        type=float,
+        default=0.5,
+        show_default=True,
+        help="Strength of random crops, flips and colours, 0 to 1.",
+    ),
+    click.option("--held-out", type=float, default=0.1, show_default=True, help="Share of the images to measure on."),
+    click.option("--evaluate-every", type=int, metavar="N", help="Steps between measurements.  [default: 20 in all]"),
+    click.option(
+        "--precision",
+        type=click.Choice(["no", "bf16", "fp16"]),
+        default="no",
+        show_default=True,
+        help="Automatic mixed precision.",
+    ),
+    click.option("--seed", type=int, default=0, show_default=True, help="Of order, augmentation and what is held out."),
+    click.option("--workers", type=int, default=0, show_default=True, help="Processes that read images."),
+    click.option("--fsdp", is_flag=True, help="Shard the training state over the processes, instead of DDP."),
+    click.option("--cpu", is_flag=True, help="Use the CPU though there is a GPU."),
 )

@@ -11,25 +11,33 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ilmconvert.timm_entry import when_timm_is_imported
+
 if TYPE_CHECKING:
     from ilmconvert import checkpoint, errors, nn, norms
+    from ilmconvert.calibration import Calibration, calibrate
     from ilmconvert.checkpoint import load, load_conversion
     from ilmconvert.comparison import GraphDiff, diff
     from ilmconvert.conversion import Conversion, apply_plan, convert, inspect
     from ilmconvert.options import ConvertOptions
     from ilmconvert.plan import Plan
     from ilmconvert.report import Report
+    from ilmconvert.training import RecoverOptions, Recovery, parameter_groups, recover
     from ilmconvert.verification import verify
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Calibration",
     "Conversion",
     "ConvertOptions",
     "GraphDiff",
     "Plan",
+    "RecoverOptions",
+    "Recovery",
     "Report",
     "apply_plan",
+    "calibrate",
     "checkpoint",
     "convert",
     "diff",
@@ -39,21 +47,29 @@ __all__ = [
     "load_conversion",
     "nn",
     "norms",
+    "parameter_groups",
+    "recover",
     "verify",
 ]
 
 _HOME = {
+    "Calibration": "calibration",
     "Conversion": "conversion",
     "ConvertOptions": "options",
     "GraphDiff": "comparison",
     "Plan": "plan",
+    "RecoverOptions": "training",
+    "Recovery": "training",
     "Report": "report",
     "apply_plan": "conversion",
+    "calibrate": "calibration",
     "convert": "conversion",
     "diff": "comparison",
     "inspect": "conversion",
     "load": "checkpoint",
     "load_conversion": "checkpoint",
+    "parameter_groups": "training",
+    "recover": "training",
     "verify": "verification",
 }
 
@@ -71,3 +87,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
+
+
+when_timm_is_imported()

@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from ilmconvert.errors import ModelError, UsageError
+from ilmconvert.fingerprint import fingerprint
 from ilmconvert.graph import find_sites
 from ilmconvert.graph.inputs import example_inputs as resolve_inputs
 from ilmconvert.graph.inputs import first_tensor
@@ -40,12 +41,14 @@ class Conversion:
         report: the account of every norm.
         originals: the norms that were replaced, by canonical path.
         source: how the original can be built again; None if that is not known.
+        fingerprint: of everything but the ILM layers, as it was when converted; None if that is not known.
     """
 
     model: nn.Module
     report: Report
     originals: dict[str, nn.Module]
     source: Source | None = None
+    fingerprint: str | None = None
 
     @property
     def plan(self) -> Plan:
@@ -86,6 +89,21 @@ class Conversion:
                 norm.to(like.device, like.dtype)
             replacements.update(dict.fromkeys(decision.site.paths, norm))
         return replace_modules_(model, replacements)
+
+    def original(self) -> nn.Module:
+        """As :meth:`revert`, where that gives the original: nothing but the ILM layers was changed since.
+
+        Raises:
+            ModelError: other weights were changed, or it is not known whether they were.
+        """
+        if self.fingerprint is not None and _fingerprint(self.model) == self.fingerprint:
+            return self.revert()
+        state = "not known to be" if self.fingerprint is None else "not"
+        raise ModelError(
+            f"expected only the ILM layers of this {self.plan.model} to have changed since its conversion, so that the "
+            f"original can be had from it; the other weights are {state} the original's. "
+            "Give the original itself (--teacher on the command line)"
+        )
 
     def current(self) -> Conversion:
         """This conversion as the model stands now, without layers replaced since (a head that was reset)."""
@@ -212,7 +230,11 @@ def _carry_out(model: nn.Module, report: Report, progress: Progress | None) -> C
 
     with torch.inference_mode(False):  # inference tensors could not be trained
         converted, originals = rewrite(model, report.plan, on_site=step)
-    return Conversion(converted, report, originals, Source.of(model))
+    return Conversion(converted, report, originals, Source.of(model), _fingerprint(converted))
+
+
+def _fingerprint(model: nn.Module) -> str | None:
+    return fingerprint(model, leave_out=lambda module: isinstance(module, ILMNorm))
 
 
 def _module_at(model: nn.Module, path: str) -> nn.Module | None:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from ilmconvert.errors import UsageError
-from ilmconvert.nn.grouping import KEY_GROUP_SIZE, REDUCTION
 from ilmconvert.nn.ilm_norm import Mode
 
 __all__ = ["FAMILIES", "BatchTarget", "ConvertOptions"]
@@ -24,10 +23,13 @@ class ConvertOptions:
             per channel (``instance``).
         num_groups: groups for ``bn_to="group"``; 32 if neither this nor ``group_size`` is given.
         group_size: channels per group for ``bn_to="group"``, instead of ``num_groups``.
-        key_group_size: channels per key group of the predictor (paper: 16).
-        reduction: key groups per unit of the predictor's embedding (paper: 16).
+        key_group_size: channels per key group of the predictor. None is 16, as in the paper, except for Batch Norm in
+            mode ``preserve``: there each norm group is a key group, so that the layer can start as the norm.
+        reduction: key groups per unit of the predictor's embedding. None is 16, as in the paper, except for Batch Norm
+            in mode ``preserve``: there each key group has two units.
         mode: ``preserve`` starts from the model's function, ``paper`` from the authors' initialisation and formula.
-        gains: learn factors on the predictions (an extension of the paper).
+        gains: learn factors on the predictions (an extension of the paper). None is for Batch Norm in mode
+            ``preserve`` only.
         include: convert only sites whose path matches one of these shell patterns.
         exclude: leave sites whose path matches one of these shell patterns.
         norms: convert only these families (batch, group, instance, layer, rms) or class names.
@@ -44,10 +46,10 @@ class ConvertOptions:
     bn_to: BatchTarget = "layer"
     num_groups: int | None = None
     group_size: int | None = None
-    key_group_size: int = KEY_GROUP_SIZE
-    reduction: int = REDUCTION
+    key_group_size: int | None = None
+    reduction: int | None = None
     mode: Mode = "preserve"
-    gains: bool = False
+    gains: bool | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     norms: tuple[str, ...] = ()

@@ -12,7 +12,7 @@ from typing import Literal
 from ilmconvert.errors import PlanError, UsageError
 from ilmconvert.graph.sites import Site, SiteSearch
 from ilmconvert.jsonable import from_data
-from ilmconvert.nn.grouping import bottleneck, key_groups, nearest_groups
+from ilmconvert.nn.grouping import KEY_GROUP_SIZE, REDUCTION, bottleneck, key_groups, nearest_groups
 from ilmconvert.norms import NormSpec, Refusal
 from ilmconvert.norms.build import Target
 from ilmconvert.options import FAMILIES, ConvertOptions
@@ -21,6 +21,7 @@ __all__ = ["PLAN_VERSION", "Decision", "Plan", "make_plan"]
 
 PLAN_VERSION = 1
 DEFAULT_GROUPS = 32
+MAX_DENSE = 32  # key groups from which on a head of 6 K^2 weights is cut into blocks of one key group each
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,13 @@ class Decision:
             return 0
         size = math.prod(spec.shape)
         affine = size * (spec.weight + spec.bias) - self.site.parameters
-        return affine + 3 * target.num_key_groups * target.hidden_features + 2 * size * target.gains
+        predictor = 3 * target.num_key_groups * target.hidden_features // target.num_blocks
+        return affine + predictor + 2 * size * target.gains
+
+    @property
+    def keeps_function(self) -> bool:
+        """Whether the model still computes in evaluation what it did, exactly or to the reach of a predictor."""
+        return self.preserves or (self.target is not None and self.target.standardized_keys)
 
 
 @dataclass(frozen=True)
@@ -172,12 +179,20 @@ def _target(
             return None, ()
         if groups != wanted:
             notes.append(f"{groups} groups instead of {wanted:g}: {_why(channels, wanted)}")
-    keys = key_groups(channels, options.key_group_size, positions=positions)
-    if keys * options.key_group_size != channels:
-        notes.append(f"key groups of {channels // keys} channels instead of {options.key_group_size}")
+        if options.mode == "preserve" and options.gains is not False and _default_head(options):
+            blocks = 1 if groups <= MAX_DENSE else groups
+            return Target(groups, groups, 2 * groups, gains=True, standardized_keys=True, num_blocks=blocks), (*notes,)
+    size = options.key_group_size or KEY_GROUP_SIZE
+    keys = key_groups(channels, size, positions=positions)
+    if keys * size != channels:
+        notes.append(f"key groups of {channels // keys} channels instead of {size}")
     grouped = 1 < groups < channels
-    hidden = bottleneck(keys, options.reduction, mode=options.mode, grouped=grouped)
-    return Target(groups, keys, hidden, options.mode, options.gains), tuple(notes)
+    hidden = bottleneck(keys, options.reduction or REDUCTION, mode=options.mode, grouped=grouped)
+    return Target(groups, keys, hidden, options.mode, bool(options.gains)), tuple(notes)
+
+
+def _default_head(options: ConvertOptions) -> bool:
+    return options.key_group_size is None and options.reduction is None
 
 
 def _wanted_groups(channels: int, options: ConvertOptions) -> float:

@@ -49,9 +49,23 @@ class Report:
         return all(d.preserves for d in self.converted)
 
     @property
+    def start(self) -> str:
+        """How the converted model starts, in a sentence; empty if its function has changed."""
+        if not self.converted or any(not d.keeps_function for d in self.converted):
+            return ""
+        batch = sum(not d.preserves for d in self.converted)
+        if not batch:
+            return "the converted model starts with the original's outputs"
+        return (
+            "the converted model starts close to the original's outputs in evaluation: "
+            f"{plural(batch, 'norm')} with batch statistics became layers whose predictors apply the running ones to "
+            "each instance"
+        )
+
+    @property
     def warnings(self) -> tuple[str, ...]:
         """What the user must know before relying on the converted model."""
-        changed = [d for d in self.converted if not d.preserves]
+        changed = [d for d in self.converted if not d.keeps_function]
         idle = [d.path for d in self.converted if d.site.calls == 0]
         notes = self.plan.notes
         if idle:
@@ -63,9 +77,9 @@ class Report:
             first = f"{plural(len(changed), 'layer')} start from the paper's initialisation: the model must be trained"
         else:
             first = (
-                f"the model's function has changed: {plural(len(changed), 'norm')} used batch statistics, which no "
-                "instance-level norm can reproduce; starting from their running statistics keeps only a part of the "
-                "accuracy, so train the model before relying on it"
+                f"the model's function has changed: {plural(len(changed), 'norm')} used batch statistics, and a "
+                "predictor of this shape keeps only their average effect, so calibrate or train the model before "
+                "relying on it"
             )
         return (first, *notes)
 
@@ -84,6 +98,7 @@ class Report:
             "converted": len(self.converted),
             "skipped": [{"path": d.path, "norm": d.norm, "code": d.code, "reason": d.reason} for d in self.skipped],
             "exact": self.exact,
+            "keeps_function": all(d.keeps_function for d in self.converted),
             "parameters": self.parameters,
             "added_parameters": self.added_parameters,
             "added_percent": round(self.added_percent, 4),
@@ -100,6 +115,7 @@ class Report:
             pieces = plural(len(self.plan.untraced), "module")
             lines += [f"  {pieces} could not be traced by torch.fx; their norms were found piece by piece"]
         lines += [f"  parameters added: {self.added_parameters:,} ({self.added_percent:.2f} %)"]
+        lines += [f"  {self.start}"] if self.start else []
         return "\n".join([*lines, *(f"  warning: {w}" for w in self.warnings)])
 
 

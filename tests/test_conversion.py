@@ -170,9 +170,13 @@ def test_progress_is_reported() -> None:
 def test_report_says_what_it_costs_and_what_changed() -> None:
     report = ilmconvert.convert(small_cnn(), example_inputs=IMAGE).report
     assert not report.exact
-    assert report.added_parameters == 3 * 2 * 1 + 3 * 2 * 2
+    assert report.added_parameters == 3 * 2 * 1 + 2 * 16 + 3 * 2 * 2
     assert report.parameters == sum(p.numel() for p in small_cnn().parameters())
-    assert "1 norm used batch statistics" in report.warnings[0]
+    assert report.warnings == ()
+    assert "1 norm with batch statistics became" in report.start
+    plain = ilmconvert.convert(small_cnn(), example_inputs=IMAGE, gains=False).report
+    assert "1 norm used batch statistics" in plain.warnings[0]
+    assert plain.start == ""
     text = str(report)
     assert "1 x BatchNorm2d -> ILM layer (1 group)" in text
     assert "1 x GroupNorm -> ILM group (4 groups)" in text
@@ -192,7 +196,9 @@ def test_verify_tells_what_changed_with_batch_norm() -> None:
     result = ilmconvert.verify(model, ilmconvert.convert(model).model)
     assert result.passed
     assert {c.name: c.passed for c in result.checks}["outputs"] is None
-    assert result.relative_difference > 1e-3
+    assert 1e-6 < result.relative_difference < 1e-3
+    plain = ilmconvert.verify(model, ilmconvert.convert(model, gains=False).model)
+    assert plain.relative_difference > 1e-2
 
 
 def checks(model: nn.Module, converted: nn.Module, inputs: object) -> dict:

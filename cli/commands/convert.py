@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
+from ilmconvert_cli.calibrating import calibrate_conversion
 from ilmconvert_cli.opening import open_model, sample_inputs
 from ilmconvert_cli.options import CONVERSION_FIELDS, conversion_options, json_option, model_options
 
 from ilmconvert.errors import PlanError, UsageError
 
 if TYPE_CHECKING:
+    from ilmconvert_cli.calibrating import Calibrated
+
     from ilmconvert import Conversion, Plan, Report
 
 
@@ -22,6 +25,13 @@ if TYPE_CHECKING:
 @click.option("--output", "-o", type=click.Path(path_type=Path), metavar="DIR", help="Folder to save the result in.")
 @conversion_options
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), metavar="FILE", help="Carry out this plan.")
+@click.option(
+    "--calibrate",
+    "images",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Fit what replaces BatchNorm to these images at once, as ilmconvert calibrate does.",
+)
 @click.option("--dry-run", is_flag=True, help="Print what would be done (with --json, the plan); write nothing.")
 @click.option("--force", is_flag=True, help="Replace a conversion saved in DIR before.")
 @json_option
@@ -37,6 +47,7 @@ def convert(
     input_size: tuple[int, ...] | None,
     output: Path | None,
     plan_file: Path | None,
+    images: Path | None,
     dry_run: bool,
     force: bool,
     as_json: bool,
@@ -52,6 +63,7 @@ def convert(
     if output is None and not dry_run:
         raise click.UsageError("Missing option '--output' / '-o' (or ask for a --dry-run).")
     import ilmconvert
+    from ilmconvert.checkpoint import save
     from ilmconvert.checkpoint.folder import check_target
 
     if output is not None and not dry_run:
@@ -67,13 +79,20 @@ def convert(
     if plan is None:
         inputs = sample_inputs(opened.model, input_size)
         plan = ilmconvert.inspect(opened.model, example_inputs=inputs, **options).plan
+    calibrated = None
     with progress_bar(quiet=as_json) as progress:
         conversion = ilmconvert.apply_plan(opened.model, plan, progress=progress)
+        if images is not None and not dry_run:
+            calibrated = calibrate_conversion(
+                conversion, opened.model, images, input_size=input_size, progress=progress
+            )
+            conversion = calibrated.conversion
     if dry_run or output is None:
         _print_dry_run(conversion.report, as_json)
         return
-    conversion.save(output, factory=opened.factory, model_args=opened.model_args, force=force)
-    _print_result(conversion, output, as_json)
+    records = calibrated.records() if calibrated else None
+    save(conversion, output, factory=opened.factory, model_args=opened.model_args, force=force, records=records)
+    _print_result(conversion, calibrated, output, as_json)
 
 
 def _read_plan(file: Path, context: click.Context) -> Plan:
@@ -103,11 +122,15 @@ def _print_dry_run(report: Report, as_json: bool) -> None:
     print_summary(report, would=True)
 
 
-def _print_result(conversion: Conversion, output: Path, as_json: bool) -> None:
+def _print_result(conversion: Conversion, calibrated: Calibrated | None, output: Path, as_json: bool) -> None:
+    from ilmconvert_cli.render.calibration import print_calibration
     from ilmconvert_cli.render.report import print_saved, print_summary
 
     if as_json:
-        click.echo(json.dumps({"output": str(output), **conversion.report.to_dict()}, indent=1))
+        more = {"calibration": calibrated.report.to_dict()} if calibrated else {}
+        click.echo(json.dumps({"output": str(output), **conversion.report.to_dict(), **more}, indent=1))
         return
     print_summary(conversion.report)
+    if calibrated:
+        print_calibration(calibrated.report, calibrated.broken)
     print_saved(output)

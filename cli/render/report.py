@@ -61,8 +61,8 @@ def print_summary(report: Report, *, would: bool = False) -> None:
             f"  {plural(pieces, 'module')} could not be traced by torch.fx; their norms were found piece by piece"
         )
     out.print(f"  parameters added: {report.added_parameters:,} ({report.added_percent:.2f} %)")
-    if report.exact and report.converted:
-        out.print("  the converted model starts with the original's outputs")
+    if report.start:
+        out.print(f"  {escape(report.start)}", soft_wrap=not out.is_terminal)
     for warning in report.warnings:
         out.print(f"[bold yellow]warning:[/] {escape(warning)}", soft_wrap=not out.is_terminal)
 

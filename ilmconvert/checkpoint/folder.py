@@ -7,6 +7,8 @@
                                  model_args), or the factory; and what wrote it, under ``ilmconvert``
 ``plan.json``                    every decision; loading replays it
 ``README.md``                    a short model card with the report
+``calibration.json``             the account of a calibration
+``recover.*``                    of a recovery: its log (csv, jsonl), account (json) and curve (png)
 ===============================  =====================================================================
 """
 
@@ -18,7 +20,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ from ilmconvert.report import Report
 from ilmconvert.rewrite import rewrite
 from ilmconvert.sources import Source, build
 
-__all__ = ["FORMAT_VERSION", "check_target", "is_saved", "load", "load_conversion", "save", "write_beside"]
+__all__ = ["FORMAT_VERSION", "RECORDS", "check_target", "is_saved", "load", "load_conversion", "save", "write_beside"]
 
 FORMAT_VERSION = 1
 WEIGHTS, NORMS, CONFIG, PLAN, CARD = (
@@ -47,7 +49,8 @@ WEIGHTS, NORMS, CONFIG, PLAN, CARD = (
     "README.md",
 )
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-FILES = (WEIGHTS, NORMS, CONFIG, PLAN, CARD)
+RECORDS = ("calibration.json", "recover.csv", "recover.json", "recover.jsonl", "recover.png")
+FILES = (WEIGHTS, NORMS, CONFIG, PLAN, CARD, *RECORDS)
 
 
 def is_saved(path: str | Path) -> bool:
@@ -63,6 +66,7 @@ def save(
     factory: str | None = None,
     model_args: dict[str, Any] | None = None,
     force: bool = False,
+    records: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Save a conversion as a folder, all of it or nothing.
 
@@ -73,18 +77,21 @@ def save(
             needs the rebuilt original.
         model_args: keyword arguments (in JSON types) that the factory needs.
         force: replace a conversion saved there before.
+        records: further files by name (of :data:`RECORDS`), such as the log of a recovery.
 
     Returns:
         The folder.
 
     Raises:
         OutputExistsError: the folder exists, and either ``force`` is False or it holds something else.
-        CheckpointError: the model has state that safetensors cannot write.
+        CheckpointError: the model has state that safetensors cannot write, or a record has another name.
 
     Warns:
         UserWarning: a timm model that its name does not rebuild (changed by hand, or built with arguments that are no
             JSON values).
     """
+    if unknown := sorted(set(records or {}) - set(RECORDS)):
+        raise CheckpointError(f"expected records among {', '.join(RECORDS)}, got {', '.join(unknown)}")
     conversion = conversion.current()
     source = Source("factory", factory, model_args or {}) if factory else _trusted(conversion)
     plan, card = conversion.plan.to_json(), model_card(conversion, source)
@@ -94,6 +101,8 @@ def save(
         (folder / PLAN).write_text(plan, encoding="utf-8")
         (folder / CONFIG).write_text(config, encoding="utf-8")
         (folder / CARD).write_text(card, encoding="utf-8")
+        for name, content in (records or {}).items():
+            (folder / name).write_bytes(content)
     return Path(path)
 
 
@@ -145,7 +154,7 @@ def load_conversion(path: str | Path, *, model: nn.Module | None = None, trust_f
     _load_strictly(converted, folder / WEIGHTS)
     _restore_norms(originals, folder / NORMS)
     report = Report(plan, sum(p.numel() for p in original.parameters()))
-    return Conversion(converted.eval(), report, originals, _source(config))
+    return Conversion(converted.eval(), report, originals, _source(config), config["ilmconvert"].get("fingerprint"))
 
 
 def check_target(path: str | Path, *, force: bool) -> Path:
@@ -232,7 +241,12 @@ def _trusted(conversion: Conversion) -> Source | None:
 def _config(conversion: Conversion, source: Source | None) -> dict[str, Any]:
     from ilmconvert import __version__
 
-    ours = {"format_version": FORMAT_VERSION, "version": __version__, "model": conversion.plan.model}
+    ours = {
+        "format_version": FORMAT_VERSION,
+        "version": __version__,
+        "model": conversion.plan.model,
+        "fingerprint": conversion.fingerprint,
+    }
     if source is None:
         return {"ilmconvert": ours}
     if source.kind == "factory":

@@ -16,6 +16,9 @@ With ``G`` norm groups and ``K`` key groups, both cut along ``C`` over the same 
     scale = weight + scale_gain * (D_scale(var_K) - 1/2)          stage 2
     shift = bias   + shift_gain * D_shift(mean_K)
     y = scale * x^ + shift
+
+With *standardized keys* (an extension of the paper) the predictor is shown ``sqrt(var_K + eps)`` in place of the
+variance, and both features less a fixed center over a fixed scale.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ __all__ = [
     "canonical",
     "check_shape",
     "group_moments",
+    "key_features",
     "plain_ilm_norm",
     "predict",
     "rescaling",
@@ -155,20 +159,41 @@ def standardize(x: Tensor, shape: tuple[int, ...], groups: int, how: Standardiza
     return (grouped * torch.rsqrt(power + eps)).reshape(x.shape)
 
 
+def key_features(moments: Tensor, center: Tensor | None, scale: Tensor | None, eps: float) -> Tensor:
+    """What the predictor is shown of the key groups' moments.
+
+    Args:
+        moments: ``(2, M, K)``: the variances, then the means, of ``M`` instances.
+        center, scale: ``(2, K)`` of deviation and mean, with standardized keys; else None, and the moments are shown.
+        eps: added to the variance under the root.
+    """
+    if center is None or scale is None:
+        return moments
+    return (torch.stack(((moments[0] + eps).sqrt(), moments[1])) - center.unsqueeze(1)) / scale.unsqueeze(1)
+
+
 def predict(features: Tensor, meta: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """The auto-encoder, for both key features at once.
 
     Args:
-        features: ``(2, M, K)``: the variances, then the means, of ``M`` instances.
-        meta: encoder ``(e, K)``, scale decoder and shift decoder ``(K, e)``.
+        features: ``(2, M, K)``: of the scale, then of the shift, of ``M`` instances.
+        meta: encoder ``(e, K / B)``, scale decoder and shift decoder ``(K, e / B)``; with ``B`` blocks, each serves its
+            own part of the key groups and of the embedding, as the groups of a convolution do.
 
     Returns:
         The embeddings ``(2, M, e)`` and the decoded ``(2, M, K)``: ``tanh(z / 2)``, which is ``2 D_scale - 1``, and
         ``D_shift``.
     """
     encoder, scale_decoder, shift_decoder = meta
-    hidden = F.relu(F.linear(features, encoder))
-    return hidden, torch.tanh(torch.bmm(hidden, torch.stack((scale_decoder / 2, shift_decoder)).mT))
+    decoders = torch.stack((scale_decoder / 2, shift_decoder))
+    blocks = features.shape[2] // encoder.shape[1]
+    if blocks == 1:
+        hidden = F.relu(F.linear(features, encoder))
+        return hidden, torch.tanh(torch.bmm(hidden, decoders.mT))
+    parts = features.unflatten(2, (blocks, -1))
+    hidden = F.relu(torch.einsum("tmbk,bek->tmbe", parts, encoder.unflatten(0, (blocks, -1))))
+    z = torch.einsum("tmbe,tbke->tmbk", hidden, decoders.unflatten(1, (blocks, -1)))
+    return hidden.flatten(2), torch.tanh(z.flatten(2))
 
 
 class Parameters(NamedTuple):
@@ -176,8 +201,9 @@ class Parameters(NamedTuple):
 
     Attributes:
         weight, bias: per element, or None for a constant 1 and 0.
-        encoder, scale_decoder, shift_decoder: the predictor, ``(e, K)`` and twice ``(K, e)``.
+        encoder, scale_decoder, shift_decoder: the predictor, ``(e, K / B)`` and twice ``(K, e / B)``.
         scale_gain, shift_gain: factors per element on the predictions, or None for 1.
+        key_center, key_scale: ``(2, K)`` with standardized keys, see :func:`key_features`.
     """
 
     weight: Tensor | None
@@ -187,6 +213,8 @@ class Parameters(NamedTuple):
     shift_decoder: Tensor
     scale_gain: Tensor | None = None
     shift_gain: Tensor | None = None
+    key_center: Tensor | None = None
+    key_scale: Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> Parameters:
         """The same tensors in ``dtype``."""
@@ -221,7 +249,10 @@ def rescaling(x: Tensor, parameters: Parameters, config: Config) -> tuple[Tensor
         return channelwise if gain is None else channelwise * per_element(gain)
 
     mean, var = (feature.squeeze(2).mT for feature in group_moments(x, keys, config.how))
-    _, decoded = predict(torch.stack((var, mean)).reshape(2, mean.shape[0] * mean.shape[1], keys), parameters[2:5])
+    moments = torch.stack((var, mean)).reshape(2, mean.shape[0] * mean.shape[1], keys)
+    eps = torch.finfo(x.dtype).eps if config.how.eps is None else config.how.eps
+    features = key_features(moments, parameters.key_center, parameters.key_scale, eps)
+    _, decoded = predict(features, parameters[2:5])
     scale = spread(decoded[0] / 2, parameters.scale_gain)
     shift = spread(decoded[1], parameters.shift_gain)
     scale = scale + (1.0 if parameters.weight is None else per_element(parameters.weight))

@@ -24,7 +24,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ilmconvert.nn.functional import Config, Parameters, plain_ilm_norm, predict
+from ilmconvert.nn.functional import Config, Parameters, key_features, plain_ilm_norm, predict
 
 __all__ = ["fused_ilm_norm"]
 
@@ -39,7 +39,7 @@ def fused_ilm_norm(x: Tensor, parameters: Parameters, config: Config) -> Tensor 
         return None
     if how.layout == "sample":
         return _Sample.apply(x, *parameters, config)  # type: ignore[no-any-return]
-    if how.layout == "token" and len(shape) == 1 and not how.unbiased and parameters.scale_gain is None:
+    if how.layout == "token" and len(shape) == 1 and not how.unbiased and parameters[5:] == (None,) * 4:
         return _Token.apply(x, *parameters, config)  # type: ignore[no-any-return]
     return None
 
@@ -91,10 +91,35 @@ def _predict_backward(
     encoder, scale_decoder, shift_decoder = meta
     decoders = torch.stack((scale_decoder / 2, shift_decoder))
     d_z = d_decoded * (1 - decoded.square())
+    if encoder.shape[1] != features.shape[2]:
+        return _blocks_backward(d_z, features, hidden, encoder, decoders)
     d_decoders = torch.bmm(d_z.mT, hidden)
     d_hidden = torch.bmm(d_z, decoders).mul_(hidden > 0)
     d_encoder = d_hidden.flatten(0, 1).T @ features.flatten(0, 1)
     return d_hidden @ encoder, d_encoder, d_decoders[0] / 2, d_decoders[1]
+
+
+def _blocks_backward(
+    d_z: Tensor, features: Tensor, hidden: Tensor, encoder: Tensor, decoders: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As :func:`_predict_backward`, for a predictor in blocks, from the gradient before the tanh."""
+    blocks = features.shape[2] // encoder.shape[1]
+    d_z, features, hidden = (t.unflatten(2, (blocks, -1)) for t in (d_z, features, hidden))
+    encoder, decoders = encoder.unflatten(0, (blocks, -1)), decoders.unflatten(1, (blocks, -1))
+    d_decoders = torch.einsum("tmbk,tmbe->tbke", d_z, hidden).flatten(1, 2)
+    d_hidden = torch.einsum("tmbk,tbke->tmbe", d_z, decoders) * (hidden > 0)
+    d_encoder = torch.einsum("tmbe,tmbk->bek", d_hidden, features).flatten(0, 1)
+    d_features = torch.einsum("tmbe,bek->tmbk", d_hidden, encoder).flatten(2)
+    return d_features, d_encoder, d_decoders[0] / 2, d_decoders[1]
+
+
+def _moment_slopes(d_features: Tensor, moments: Tensor, scale: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """From gradients of the key features to those of variance and mean, both flat; see :func:`key_features`."""
+    d_var, d_mean = d_features.reshape(2, -1)
+    if scale is None:
+        return d_var, d_mean
+    d_dev, d_mean = (d_features / scale.unsqueeze(1)).reshape(2, -1)
+    return d_dev / (moments[0].reshape(-1) + eps).sqrt().mul_(2), d_mean
 
 
 def _affine(parameter: Tensor | None, gain: Tensor | None, decoded: Tensor, default: float, width: int) -> Tensor:
@@ -130,13 +155,13 @@ class _Sample(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *parameters: Any) -> Tensor:
         *tensors, config = parameters
-        weight, bias, *meta, scale_gain, shift_gain = tensors
+        weight, bias, *meta, scale_gain, shift_gain, center, key_scale = tensors
         n, c = x.shape[:2]
         size, keys, groups, how = x.numel() // (n * c), config.num_key_groups, config.num_groups, config.how
         rows = x.view(n * keys, -1)
         mean, var = _moments(rows, how.unbiased)
-        features = torch.stack((var, mean)).view(2, n, keys)
-        hidden, decoded = predict(features, meta)
+        moments = torch.stack((var, mean)).view(2, n, keys)
+        hidden, decoded = predict(key_features(moments, center, key_scale, how.eps), meta)
         scale = _affine(weight, scale_gain, decoded[0] / 2, 1.0, c // keys)
         shift = _affine(bias, shift_gain, decoded[1], 0.0, c // keys).reshape(-1)
         correction = _bessel(c // groups * size, how.unbiased)
@@ -145,7 +170,7 @@ class _Sample(torch.autograd.Function):
         flat = x.view(1, n * c, size)
         y, mu, rstd = torch.native_group_norm(flat, scale, shift, *sizes, how.eps / correction)
         ctx.config, ctx.sizes, ctx.correction = config, sizes, correction
-        ctx.save_for_backward(x, *tensors, mu, rstd, scale, features, hidden, decoded)
+        ctx.save_for_backward(x, *tensors, mu, rstd, scale, moments, hidden, decoded)
         return cast("Tensor", torch.ops.aten._unsafe_view(y, x.shape))  # no view: an activation may overwrite it
 
     @staticmethod
@@ -153,9 +178,9 @@ class _Sample(torch.autograd.Function):
         inputs, kept = _split(ctx.saved_tensors)
         if torch.is_grad_enabled():
             return _differentiable(ctx.config, inputs, grad)
-        x, weight, bias, encoder, scale_decoder, shift_decoder, scale_gain, shift_gain = inputs
-        mu, rstd, scale, features, hidden, decoded = kept
-        _, n, keys = features.shape
+        x, weight, bias, *meta, scale_gain, shift_gain, center, key_scale = inputs
+        mu, rstd, scale, moments, hidden, decoded = kept
+        _, n, keys = moments.shape
         flat = x.view(ctx.sizes[:3])
         d_x, d_scale, d_shift = torch.ops.aten.native_group_norm_backward(
             grad.contiguous().view_as(flat), flat, mu, rstd, scale, *ctx.sizes, [True, True, True]
@@ -170,14 +195,15 @@ class _Sample(torch.autograd.Function):
             gains = [(d * h).sum(0).view_as(scale_gain) for d, h in zip(d_spread, halves, strict=True)]
             d_spread = [d * g.view(1, keys, -1) for d, g in zip(d_spread, (scale_gain, shift_gain), strict=True)]
         d_decoded = torch.stack((d_spread[0].sum(2) / 2, d_spread[1].sum(2)))
-        meta = (encoder, scale_decoder, shift_decoder)
-        d_features, *d_meta = _predict_backward(d_decoded, features, hidden, decoded, meta)
+        how = ctx.config.how
+        features = key_features(moments, center, key_scale, how.eps)
+        d_features, *d_meta = _predict_backward(d_decoded, features, hidden, decoded, tuple(meta))
         rows = x.view(n * keys, -1)
-        d_var, d_mean = d_features.reshape(2, -1)
-        _moment_gradients(d_x.view_as(rows), rows, features[1].reshape(-1), d_mean, d_var, ctx.config.how.unbiased)
+        d_var, d_mean = _moment_slopes(d_features, moments, key_scale, how.eps)
+        _moment_gradients(d_x.view_as(rows), rows, moments[1].reshape(-1), d_mean, d_var, how.unbiased)
         d_weight = None if weight is None else d_scale.sum(0).view_as(weight)
         d_bias = None if bias is None else d_shift.sum(0).view_as(bias)
-        return d_x.view_as(x), d_weight, d_bias, *d_meta, *gains, None
+        return d_x.view_as(x), d_weight, d_bias, *d_meta, *gains, None, None, None
 
 
 def _bessel(count: int, unbiased: bool) -> float:
@@ -191,7 +217,7 @@ class _Token(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *parameters: Any) -> Tensor:
         *tensors, config = parameters
-        weight, bias, *meta, _, _ = tensors
+        weight, bias, *meta = tensors[:5]
         keys, (channels,) = config.num_key_groups, config.shape
         tokens = x.view(-1, channels)
         rows = x.view(-1, channels // keys)
@@ -211,7 +237,7 @@ class _Token(torch.autograd.Function):
         inputs, kept = _split(ctx.saved_tensors)
         if torch.is_grad_enabled():
             return _differentiable(ctx.config, inputs, grad)
-        x, weight, bias, encoder, scale_decoder, shift_decoder, _, _ = inputs
+        x, weight, bias, *meta = inputs[:6]
         mu, rstd, features, hidden, decoded = kept
         keys, (channels,) = ctx.config.num_key_groups, ctx.config.shape
         tokens, rows = x.view(-1, channels), x.view(-1, channels // keys)
@@ -225,9 +251,8 @@ class _Token(torch.autograd.Function):
         scaled = products.copy_(grad) if weight is None else torch.mul(grad, weight, out=products)
         scaled.view_as(rows).addcmul_(grad.view_as(rows), (decoded[0] / 2).view(-1, 1))
         d_x, _, _ = torch.ops.aten.native_layer_norm_backward(scaled, tokens, *sizes, None, None, [True, False, False])
-        meta = (encoder, scale_decoder, shift_decoder)
         d_decoded = torch.stack((d_scale / 2, d_shift))
-        d_features, *d_meta = _predict_backward(d_decoded, features, hidden, decoded, meta)
+        d_features, *d_meta = _predict_backward(d_decoded, features, hidden, decoded, tuple(meta))
         d_var, d_mean = d_features.reshape(2, -1)
         _moment_gradients(d_x.view_as(rows), rows, features[1].reshape(-1), d_mean, d_var, unbiased=False)
-        return d_x.view_as(x), d_weight, d_bias, *d_meta, None, None, None
+        return d_x.view_as(x), d_weight, d_bias, *d_meta, None, None, None, None, None

@@ -48,8 +48,8 @@ class ILMNorm(nn.Module):
         hidden_features: ``e``, the embedding's width. None follows the authors' rule with reduction 16.
         mode: ``"preserve"`` or ``"paper"``.
         weight, bias: whether there is a learned scale and shift per element (the paper's B terms).
-        gains: learn a factor per element on each prediction (an extension of the paper that calibration uses; 1 is
-            the paper).
+        gains: learn a factor per element on each prediction (an extension of the paper; 1 is the paper).
+        standardized_keys, num_blocks: extensions of the predictor, see :mod:`ilmconvert.nn.predictor`.
         device, dtype: of the parameters.
 
     Shape:
@@ -85,6 +85,8 @@ class ILMNorm(nn.Module):
         weight: bool = True,
         bias: bool = True,
         gains: bool = False,
+        standardized_keys: bool = False,
+        num_blocks: int = 1,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -107,7 +109,14 @@ class ILMNorm(nn.Module):
         shape = self.normalized_shape
         self.weight = _parameter(shape, weight, device, dtype)
         self.bias = _parameter(shape, bias, device, dtype)
-        self.predictor = MetaPredictor(self.num_key_groups, self.hidden_features, device=device, dtype=dtype)
+        self.predictor = MetaPredictor(
+            self.num_key_groups,
+            self.hidden_features,
+            num_blocks=num_blocks,
+            standardized_keys=standardized_keys,
+            device=device,
+            dtype=dtype,
+        )
         self.scale_gain = _parameter(shape, gains, device, dtype)
         self.shift_gain = _parameter(shape, gains, device, dtype)
         self.reset_parameters()
@@ -154,7 +163,15 @@ class ILMNorm(nn.Module):
         """Normalize ``input``."""
         return ilm_norm(
             input,
-            Parameters(self.weight, self.bias, *self.predictor.weights(), self.scale_gain, self.shift_gain),
+            Parameters(
+                self.weight,
+                self.bias,
+                *self.predictor.weights(),
+                self.scale_gain,
+                self.shift_gain,
+                self.predictor.key_center,
+                self.predictor.key_scale,
+            ),
             Config(self.normalized_shape, self.num_groups, self.num_key_groups, self.standardization),
         )
 
@@ -176,6 +193,8 @@ class ILMNorm(nn.Module):
             *(f"{name}=False" for name in ("weight", "bias") if getattr(self, name) is None),
         ]
         parts += ["gains=True"] if self.scale_gain is not None else []
+        parts += ["standardized_keys=True"] if self.predictor.key_center is not None else []
+        parts += [f"num_blocks={self.predictor.num_blocks}"] if self.predictor.num_blocks > 1 else []
         return ", ".join(parts + (["mode=paper"] if self.mode == "paper" else []))
 
 

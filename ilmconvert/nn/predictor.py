@@ -8,6 +8,11 @@ One encoder ``E`` (e x K) is shared by two decoders (K x e); none has a bias::
 
 :class:`MetaPredictor` returns ``D_scale - 1/2``, which is ``tanh(z / 2) / 2`` for the decoder's output ``z``: a silent
 decoder then contributes an exact zero, and the layer's ``weight`` is the scale that remains.
+
+Two extensions of the paper. *Standardized keys*: the features are deviations and means, less a fixed center over a
+fixed scale, so that encoder and decoders work on small numbers whatever the units of the network. *Blocks*: encoder
+and decoders are block-diagonal, each block serving its own key groups; ``K`` blocks cost ``6 K`` weights instead of
+``6 K^2``.
 """
 
 from __future__ import annotations
@@ -28,11 +33,16 @@ class MetaPredictor(nn.Module):
     Args:
         num_key_groups: ``K``, the number of key groups.
         hidden_features: ``e``, the width of the embedding.
-        device, dtype: of the three weights.
+        num_blocks: blocks ``B`` of encoder and decoders; 1 is the paper.
+        standardized_keys: hold ``key_center`` and ``key_scale``, two buffers ``(2, K)`` for deviation and mean.
+        device, dtype: of the weights.
 
     Shape:
-        - means, variances: ``(..., K)``
+        - means, variances (deviations with standardized keys): ``(..., K)``
         - output: two tensors ``(..., K)``, in (-1/2, 1/2) and (-1, 1).
+
+    Raises:
+        ValueError: blocks that do not divide ``K`` and ``e``.
 
     Example:
         >>> import torch
@@ -41,18 +51,33 @@ class MetaPredictor(nn.Module):
         ((3, 4), (3, 4))
     """
 
+    key_center: Tensor | None
+    key_scale: Tensor | None
+
     def __init__(
         self,
         num_key_groups: int,
         hidden_features: int,
         *,
+        num_blocks: int = 1,
+        standardized_keys: bool = False,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.encoder = nn.Linear(num_key_groups, hidden_features, bias=False, device=device, dtype=dtype)
-        self.scale_decoder = nn.Linear(hidden_features, num_key_groups, bias=False, device=device, dtype=dtype)
-        self.shift_decoder = nn.Linear(hidden_features, num_key_groups, bias=False, device=device, dtype=dtype)
+        if num_blocks < 1 or num_key_groups % num_blocks or hidden_features % num_blocks:
+            raise ValueError(
+                f"expected num_blocks to divide {num_key_groups} key groups and {hidden_features} hidden features, "
+                f"got {num_blocks}"
+            )
+        self.num_blocks = num_blocks
+        keys, hidden = num_key_groups // num_blocks, hidden_features // num_blocks
+        self.encoder = nn.Linear(keys, hidden_features, bias=False, device=device, dtype=dtype)
+        self.scale_decoder = nn.Linear(hidden, num_key_groups, bias=False, device=device, dtype=dtype)
+        self.shift_decoder = nn.Linear(hidden, num_key_groups, bias=False, device=device, dtype=dtype)
+        shape = (2, num_key_groups)
+        for name, make in (("key_center", torch.zeros), ("key_scale", torch.ones)):
+            self.register_buffer(name, make(shape, device=device, dtype=dtype) if standardized_keys else None)
 
     @torch.no_grad()
     def silence(self) -> None:
@@ -61,12 +86,35 @@ class MetaPredictor(nn.Module):
         The output is exactly zero, yet both decoders receive gradient from any input: of two opposite rows, the ReLU
         passes one.
         """
-        weight = self.encoder.weight
-        half = torch.empty(math.ceil(weight.shape[0] / 2), weight.shape[1], device=weight.device, dtype=weight.dtype)
-        nn.init.kaiming_uniform_(half, a=math.sqrt(5))
-        weight.copy_(torch.cat([half, -half])[: weight.shape[0]])
+        weight = self._blocks(self.encoder)
+        half = weight.new_empty(len(weight), math.ceil(weight.shape[1] / 2), weight.shape[2])
+        nn.init.uniform_(half, -1 / math.sqrt(weight.shape[2]), 1 / math.sqrt(weight.shape[2]))  # nn.Linear's own
+        weight.copy_(torch.cat([half, -half], 1)[:, : weight.shape[1]])
         nn.init.zeros_(self.scale_decoder.weight)
         nn.init.zeros_(self.shift_decoder.weight)
+
+    @torch.no_grad()
+    def detect(self) -> None:
+        """Let each key group's own features through: ``D_scale - 1/2 = tanh(s) / 2`` and ``D_shift = tanh(m)``.
+
+        Two units of opposite sign carry a feature through the ReLU, so ``e`` must be ``2 K`` at least.
+
+        Raises:
+            ValueError: the embedding is too narrow.
+        """
+        encoder = self._blocks(self.encoder)
+        width, keys = encoder.shape[1:]
+        if width < 2 * keys:
+            raise ValueError(f"expected at least {2 * keys} hidden features for {keys} key groups, got {width}")
+        self.silence()
+        eye = torch.eye(keys, dtype=encoder.dtype, device=encoder.device)
+        pairs = torch.cat([eye, -eye])
+        encoder[:, : 2 * keys] = pairs
+        self._blocks(self.scale_decoder)[..., : 2 * keys] = 2 * pairs.T
+        self._blocks(self.shift_decoder)[..., : 2 * keys] = pairs.T
+
+    def _blocks(self, linear: nn.Linear) -> Tensor:
+        return linear.weight.view(self.num_blocks, -1, linear.in_features)
 
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
         """Encoder, scale decoder, shift decoder."""
@@ -74,5 +122,8 @@ class MetaPredictor(nn.Module):
 
     def forward(self, means: Tensor, variances: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``D_scale - 1/2`` and ``D_shift``, computed in the dtype of the key features."""
-        _, decoded = predict(torch.stack((variances, means)).reshape(2, -1, means.shape[-1]), self.weights())
+        features = torch.stack((variances, means)).reshape(2, -1, means.shape[-1])
+        if self.key_center is not None and self.key_scale is not None:
+            features = (features - self.key_center.unsqueeze(1)) / self.key_scale.unsqueeze(1)
+        _, decoded = predict(features, self.weights())
         return decoded[0].reshape(means.shape) / 2, decoded[1].reshape(means.shape)

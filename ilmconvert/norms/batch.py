@@ -4,16 +4,27 @@ In evaluation, Batch Norm is an affine map that does not look at the instance::
 
     y_c = a_c (x_c - mu_c) + beta_c,        a_c = gamma_c / sqrt(var_c + eps)
 
-An instance-level norm standardizes by the instance's own group mean ``mu_g`` and deviation ``sigma_g`` instead, so::
+An instance-level norm standardizes by the instance's own group mean ``m`` and deviation ``s = sqrt(var_g + eps)``
+instead. To get ``y_c`` back, its scale and shift have to follow the instance::
 
-    y_c = a_c sigma_g x^_c + a_c (mu_g - mu_c) + beta_c
+    y_c = a_c s x^_c + a_c (m - mu_c) + beta_c
 
-No constant scale and shift can reproduce that, since ``sigma_g`` and ``mu_g`` vary. :meth:`Batch.affine` puts in what
-the running statistics say they are on average, by the law of total variance over the group's channels::
+Both are linear in what the predictor can be shown: the deviation and the mean of the group. With one key group for each
+norm group, standardized keys and gains, :class:`Batch` sets them up in closed form, without data. The running
+statistics say where ``s`` and ``m`` lie (law of total variance over the group's channels)::
 
-    mu_g = mean_c mu_c        sigma_g^2 = mean_c var_c + var_c(mu_c)
+    m_0 = mean_c mu_c        s_0^2 = mean_c var_c + var_c(mu_c) + eps
 
-A fresh norm (mean 0, variance 1) thus starts from its own gamma and beta.
+With centers ``s_0, m_0``, scale ``r s_0`` and the predictor passing its features on through ``tanh``::
+
+    weight = a_c s_0                      scale_gain = 2 a_c r s_0
+    bias   = a_c (m_0 - mu_c) + beta_c    shift_gain = a_c r s_0
+
+    weight + scale_gain tanh(u_s) / 2  ~  a_c s               u_s = (s - s_0) / (r s_0)
+    bias   + shift_gain tanh(u_m)      ~  a_c (m - mu_c) + beta_c
+
+``tanh(u) = u - u^3 / 3 + ...``: the reach ``r`` decides how straight the predictions are, and how far from the center
+they saturate. A predictor of another shape stays silent, and the layer starts from the averages.
 """
 
 from __future__ import annotations
@@ -21,10 +32,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ilmconvert.nn import ILMNorm
 from ilmconvert.nn.functional import Standardization
 from ilmconvert.norms.registry import NormHandler, has_act, register
 from ilmconvert.norms.spec import NormSpec
 
+REACH = 64.0  # in units of the expected deviation; measured in benchmarks/start.py
 _SPATIAL = {"BatchNorm2d": 2, "BatchNormAct2d": 2, "FrozenBatchNorm2d": 2, "FrozenBatchNormAct2d": 2, "BatchNorm3d": 3}
 
 
@@ -60,15 +73,41 @@ class Batch(NormHandler):
 
     def affine(self, module: nn.Module, num_groups: int) -> tuple[Tensor | None, Tensor | None]:
         """Scale and shift that are right on average over the data the running statistics come from."""
-        mean, var = getattr(module, "running_mean", None), getattr(module, "running_var", None)
         gamma, beta = getattr(module, "weight", None), getattr(module, "bias", None)
-        if mean is None or var is None:
+        if (known := _statistics(module, num_groups)) is None:
             return gamma, beta
-        mean, var = mean.detach().double(), var.detach().double()
-        a = (1.0 if gamma is None else gamma.detach().double()) * torch.rsqrt(var + module.eps)
-        within, centers = var.view(num_groups, -1), mean.view(num_groups, -1)
-        sigma = (within.mean(1) + centers.var(1, correction=0) + module.eps).sqrt()
-        size = len(mean) // num_groups
-        scale = a * sigma.repeat_interleave(size)
-        shift = a * (centers.mean(1).repeat_interleave(size) - mean) + (0.0 if beta is None else beta.detach().double())
-        return scale, shift
+        a, deviation, center, mean = known
+        shift = a * (center - mean) + (0.0 if beta is None else beta.detach().double())
+        return a * deviation, shift
+
+    @torch.no_grad()
+    def set_predictor_(self, module: nn.Module, layer: ILMNorm) -> None:
+        """Undo the instance's standardization, where the predictor is shown each norm group's own statistics."""
+        predictor, groups = layer.predictor, layer.num_groups
+        known = _statistics(module, groups)
+        fits = layer.num_key_groups == groups and layer.hidden_features >= 2 * groups
+        if known is None or not fits or layer.mode == "paper" or predictor.key_center is None:
+            return
+        a, deviation, center, _ = known
+        reach = REACH * deviation
+        per_group = slice(None, None, layer.num_channels // groups)
+        predictor.detect()
+        predictor.key_center.copy_(torch.stack((deviation, center))[:, per_group])
+        predictor.key_scale.copy_(reach[per_group].expand(2, -1))  # type: ignore[union-attr]
+        if layer.scale_gain is not None and layer.shift_gain is not None:
+            layer.scale_gain.copy_(2 * a * reach)
+            layer.shift_gain.copy_(a * reach)
+
+
+def _statistics(module: nn.Module, groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """The slope ``a``, the group's expected deviation and mean, and the running mean, each per channel in float64."""
+    mean, var = getattr(module, "running_mean", None), getattr(module, "running_var", None)
+    if not isinstance(mean, Tensor) or not isinstance(var, Tensor):
+        return None
+    gamma, eps = getattr(module, "weight", None), float(module.eps)  # type: ignore[arg-type]
+    mean, var = mean.detach().double(), var.detach().double()
+    a = (1.0 if gamma is None else gamma.detach().double()) * torch.rsqrt(var + eps)
+    within, centers = var.view(groups, -1), mean.view(groups, -1)
+    deviation = (within.mean(1) + centers.var(1, correction=0) + eps).sqrt()
+    size = len(mean) // groups
+    return a, deviation.repeat_interleave(size), centers.mean(1).repeat_interleave(size), mean

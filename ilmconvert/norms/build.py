@@ -34,9 +34,11 @@ class Target:
     hidden_features: int
     mode: Mode = "preserve"
     gains: bool = False
+    standardized_keys: bool = False
+    num_blocks: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("num_groups", "num_key_groups", "hidden_features"):
+        for name in ("num_groups", "num_key_groups", "hidden_features", "num_blocks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
@@ -66,10 +68,13 @@ def build_ilm(module: nn.Module, handler: NormHandler, target: Target, *, like: 
         weight=spec.weight,
         bias=spec.bias,
         gains=target.gains,
+        standardized_keys=target.standardized_keys,
+        num_blocks=target.num_blocks,
         device=None if own is None else own.device,
         dtype=None if own is None else own.dtype,
     )
     _copy_affine(module, layer, handler)
+    handler.set_predictor_(module, layer)
     _copy_flags(module, layer)
     if spec.has_act:
         layer.drop, layer.act = module.drop, module.act

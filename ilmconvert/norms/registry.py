@@ -14,6 +14,7 @@ from typing import ClassVar, TypeVar
 from torch import Tensor, nn
 
 from ilmconvert.errors import UsageError
+from ilmconvert.nn import ILMNorm
 from ilmconvert.norms.spec import NormSpec
 
 __all__ = ["Entry", "NormHandler", "Refusal", "class_name", "entries", "find", "register"]
@@ -39,6 +40,9 @@ class NormHandler:
             num_groups: the groups that stage 1 of the new layer will use.
         """
         return getattr(module, "weight", None), getattr(module, "bias", None)
+
+    def set_predictor_(self, module: nn.Module, layer: ILMNorm) -> None:
+        """Let the predictor of a new layer start otherwise than silent; it stays silent for norms that are exact so."""
 
 
 def has_act(module: nn.Module) -> bool:

@@ -23,6 +23,9 @@ CASES = {
     "1x1": ((2, 32, 1, 1), {"num_groups": 4}),
     "paper": ((3, 48, 5, 4), {"num_groups": 6, "mode": "paper"}),
     "gains": ((3, 48, 5, 4), {"num_groups": 6, "gains": True}),
+    "standardized": ((3, 48, 5, 4), {"num_groups": 6, "gains": True, "standardized_keys": True}),
+    "blocks": ((3, 48, 5, 4), {"num_groups": 6, "gains": True, "standardized_keys": True, "num_blocks": 2}),
+    "paper blocks": ((3, 48, 5, 4), {"num_groups": 6, "mode": "paper", "num_blocks": 2}),
     "no affine": ((3, 48, 5, 4), {"num_groups": 6, "weight": False, "bias": False}),
     "token": ((3, 7, 48), {"standardization": TOKEN}),
     "token without bias": ((3, 7, 48), {"standardization": TOKEN, "bias": False}),
@@ -35,9 +38,12 @@ def live(case: str, dtype: torch.dtype = torch.float64) -> tuple[ILMNorm, Tensor
     """A layer whose decoders speak, and an input."""
     shape, arguments = CASES[case]
     token = "standardization" in arguments
-    layer = ILMNorm(shape[-1] if token else shape[1], num_key_groups=2, hidden_features=3, dtype=dtype, **arguments)
+    layer = ILMNorm(shape[-1] if token else shape[1], num_key_groups=2, hidden_features=4, dtype=dtype, **arguments)
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.7)
+    if arguments.get("standardized_keys"):
+        nn.init.normal_(layer.predictor.key_center)
+        nn.init.uniform_(layer.predictor.key_scale, 0.5, 2.0)
     return layer, torch.randn(shape, dtype=dtype) + 0.3
 
 
@@ -65,7 +71,7 @@ def test_the_fused_path_is_taken(case: str) -> None:
     assert type(layer(x).grad_fn).__name__ == ("_TokenBackward" if "token" in case else "_SampleBackward")
 
 
-@pytest.mark.parametrize("case", ["group", "token", "paper", "gains"])
+@pytest.mark.parametrize("case", ["group", "token", "paper", "gains", "standardized", "blocks"])
 def test_second_derivatives(case: str) -> None:
     layer, x = live(case)
     x = x[:1, :2] if case == "token" else x[:1, :, :2, :2]
@@ -73,7 +79,7 @@ def test_second_derivatives(case: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")  # torch's own forward-mode formulas use it
-@pytest.mark.parametrize("case", ["group", "token", "gains"])
+@pytest.mark.parametrize("case", ["group", "token", "gains", "blocks"])
 def test_functorch_and_forward_mode_step_aside(case: str) -> None:
     layer, x = live(case)
     parameters = dict(layer.named_parameters())

@@ -33,3 +33,35 @@ def test_fresh_norm_starts_from_its_own_affine() -> None:
     layer = build_ilm(norm, find(norm).handler, Target(1, 1, 2))
     assert torch.allclose(layer.weight, norm.weight, atol=1e-6)
     assert torch.equal(layer.bias, norm.bias)
+
+
+@pytest.mark.parametrize("groups", [1, 4, 16])
+@pytest.mark.parametrize("blocks", [1, None])
+@pytest.mark.parametrize("shape", [(6, 16, 5, 5), (6, 16, 9), (6, 16, 2, 3, 2)])
+def test_predictor_undoes_the_instances_statistics(groups: int, blocks: int | None, shape: tuple[int, ...]) -> None:
+    """Instances far from the running statistics: equal to the norm within the curvature that REACH leaves."""
+    norm = {3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[len(shape)](16).double().eval()
+    for tensor in (norm.weight, norm.bias, norm.running_mean):
+        nn.init.normal_(tensor)
+    nn.init.uniform_(norm.running_var, 0.5, 2.0)
+    target = Target(groups, groups, 2 * groups, gains=True, standardized_keys=True, num_blocks=blocks or groups)
+    layer = build_ilm(norm, find(norm).handler, target)
+    each = (6, 16, *[1] * (len(shape) - 2))
+    x = torch.randn(shape, dtype=torch.float64) * torch.rand(each).add(0.3).mul(2) + torch.randn(each)
+    assert relative(norm(x), layer(x)) < 2e-3
+    constant = torch.ones(shape, dtype=torch.float64)  # no group varies
+    assert relative(norm(constant), layer(constant)) < 2e-3
+    plain = build_ilm(norm, find(norm).handler, Target(groups, 1, 2))
+    assert relative(norm(x), plain(x)) > 0.1
+
+
+def test_no_running_statistics_or_another_head_stay_silent() -> None:
+    target = Target(4, 4, 8, gains=True, standardized_keys=True)
+    for norm, other in (
+        (nn.BatchNorm2d(16, track_running_stats=False), target),
+        (nn.BatchNorm2d(16), Target(4, 2, 4, gains=True, standardized_keys=True)),
+        (nn.BatchNorm2d(16), Target(4, 4, 4, gains=True, standardized_keys=True)),
+    ):
+        predictor = build_ilm(norm, find(norm).handler, other).predictor
+        assert not predictor.scale_decoder.weight.any()
+        assert not predictor.shift_decoder.weight.any()

@@ -1,0 +1,96 @@
+"""Measuring on the held-out images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ilmconvert.errors import ModelError, UsageError
+from ilmconvert.graph.inputs import first_tensor
+from ilmconvert.metrics import Comparison, Score, Scoring, Similarity, logits_of
+from ilmconvert.training.data import ImageData
+from ilmconvert.training.options import RecoverOptions
+from ilmconvert.training.stream import Batch, held_out_loader
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["Judge", "answers"]
+
+
+def answers(model: nn.Module, images: Tensor) -> Tensor:
+    """The logits of a model, whatever device, dtype and output it has."""
+    like = first_tensor(model)
+    return logits_of(model(images if like is None else images.to(like.device, like.dtype)))
+
+
+class Judge:
+    """Measure models on this process's share of the held-out images, and add up over the processes.
+
+    The models are whole ones (no DDP, no shards), so the processes need not have the same number of batches. The
+    original's answers are computed once.
+
+    Args:
+        data: the images.
+        options: batch size and workers.
+        original: what to compare with; None measures against labels.
+        accelerator: of this process.
+        on_broken: told of files that cannot be read.
+    """
+
+    def __init__(
+        self,
+        data: ImageData,
+        options: RecoverOptions,
+        original: nn.Module | None,
+        accelerator: Accelerator,
+        on_broken: Callable[[dict[str, str]], None],
+    ) -> None:
+        ranks = accelerator.process_index, accelerator.num_processes
+        self._loader = held_out_loader(data.held_out, options, *ranks)
+        self._classes, self._device, self._on_broken = data.classes, accelerator.device, on_broken
+        self._original = original
+        self._wanted: list[Tensor | None] = []
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module) -> Similarity | Score:
+        """The figures of a model, which is in evaluation mode afterwards.
+
+        Raises:
+            ModelError: no held-out image can be read, or the outputs are no logits.
+            UsageError: the classes are not those of the model.
+        """
+        model.eval()
+        comparison, scoring = Comparison(self._device), Scoring(self._device)
+        for number, batch in enumerate(self._loader):
+            self._on_broken(batch.broken)
+            if batch.images is None:
+                continue
+            got = answers(model, batch.images)
+            if self._original is not None:
+                comparison.update(self._reference(number, batch.images).to(got.device), got)
+            else:
+                scoring.update(got, self._labels(batch, got).to(got.device))
+        return (scoring if self._original is None else comparison).reduce().result()
+
+    def _reference(self, number: int, images: Tensor) -> Tensor:
+        if self._original is None:
+            raise ModelError("expected an original to compare with, got none")
+        self._wanted += [None] * (number + 1 - len(self._wanted))
+        if (known := self._wanted[number]) is None:
+            known = self._wanted[number] = answers(self._original, images).cpu()
+        return known
+
+    def _labels(self, batch: Batch, logits: Tensor) -> Tensor:
+        if batch.labels is None:
+            raise UsageError("expected images with class numbers, got images alone; give pairs (image, class number)")
+        if self._classes is not None and len(self._classes) != logits.shape[1]:
+            raise UsageError(
+                f"expected a folder for each of the model's {logits.shape[1]} classes, found {len(self._classes)}; "
+                f"give the model a head for them first: model.reset_classifier({len(self._classes)}) "
+                "(--reset-classifier on the command line)"
+            )
+        return batch.labels

@@ -1,0 +1,110 @@
+"""``ilmconvert recover`` as a user meets it, killed and gone on with too."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from ilmconvert_cli.main import main
+from PIL import Image
+
+import ilmconvert
+from tests.helpers import same_state
+
+Output = pytest.CaptureFixture[str]
+QUICK = ["--input-size", "3,32,32", "--batch-size", "4", "--lr", "1e-3"]
+
+
+@pytest.fixture(autouse=True)
+def _in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number in range(16):
+        file = Path("images") / f"class{number % 3}" / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((40, 40), 10 * number).convert("RGB").save(file)
+
+
+def convert(output: str = "ilm") -> None:
+    assert main(["convert", "test_resnet", "--model-arg", "num_classes=6", "-o", output]) == 0
+
+
+def test_recover_and_what_is_left_behind(capsys: Output) -> None:
+    convert()
+    capsys.readouterr()
+    arguments = ["recover", "ilm", "--images", "images", "-o", "out", *QUICK]
+    assert main([*arguments, "--steps", "4", "--evaluate-every", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "training loss   agreement        kl" in printed
+    assert "agreement on 2 held-out images: " in printed
+    assert "ilmconvert verify out" in printed
+    assert {p.name for p in Path("out").glob("recover.*")} == {f"recover.{s}" for s in ("csv", "json", "jsonl", "png")}
+    assert [json.loads(line)["step"] for line in Path("out/recover.jsonl").read_text().splitlines()] == [0, 2, 4]
+    assert sorted(p.name for p in Path().iterdir()) == ["ilm", "images", "out"]
+    assert main(["verify", "out"]) == 0
+
+    assert main([*arguments, "--steps", "1"]) == 2  # nothing is overwritten unasked
+    capsys.readouterr()
+    assert main([*arguments, "--steps", "1", "--force", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["output"], result["options"]["steps"], result["images"]) == ("out", 1, 14)
+    assert result["best"]["agreement"] >= result["start"]["agreement"]
+
+
+def test_a_trained_folder_needs_its_teacher(capsys: Output) -> None:
+    convert()
+    arguments = ["--images", "images", "--steps", "2", *QUICK]
+    conversion = ilmconvert.load_conversion("ilm")
+    conversion.model.fc.weight.data += 0.01
+    conversion.save("trained")
+    capsys.readouterr()
+    assert main(["recover", "trained", "-o", "out", *arguments]) == 1
+    assert "--teacher" in capsys.readouterr().err
+    assert not Path("out").exists()
+    assert main(["recover", "trained", "-o", "out", "--teacher", "trained", *arguments]) == 1
+    assert main(["recover", "trained", "-o", "out", "--teacher", "ilm", *arguments]) == 0
+    assert main(["recover", "trained", "-o", "b", "--teacher-checkpoint", "x", *arguments]) == 2
+    assert main(["recover", "ilm", "-o", "frozen", "--freeze", *arguments]) == 0
+    assert same_state(ilmconvert.load_conversion("frozen").original(), ilmconvert.load_conversion("ilm").revert())
+    assert main(["recover", "frozen", "-o", "more", *arguments]) == 0  # its original can be had from it
+
+
+def test_labels_with_a_new_head(capsys: Output) -> None:
+    convert()
+    arguments = ["recover", "ilm", "--images", "images", "--labels", "-o", "out", "--steps", "2", *QUICK]
+    capsys.readouterr()
+    assert main(arguments) == 2
+    assert "each of the model's 6 classes, found 3" in capsys.readouterr().err
+    assert main([*arguments, "--force", "--reset-classifier", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["best"]["accuracy"] >= result["start"]["accuracy"]
+    assert ilmconvert.load("out").num_classes == 3
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(capsys: Output) -> None:
+    convert()
+    arguments = ["recover", "ilm", "--images", "images", "--steps", "12", "--evaluate-every", "3", *QUICK]
+    command = [sys.executable, "-m", "ilmconvert", *arguments]
+    subprocess.run([*command, "-o", "whole"], check=True, capture_output=True)
+    process = subprocess.Popen([*command, "-o", "broken"], stdout=subprocess.DEVNULL)
+    log = Path("broken.run/recover.jsonl")
+    while not (log.is_file() and len(log.read_text().splitlines()) >= 3):
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not Path("broken").exists()
+    assert main([*arguments, "-o", "broken"]) == 2
+    assert "go on with --resume" in capsys.readouterr().err
+    assert main([*arguments, "-o", "broken", "--resume", "--lr", "1"]) == 1
+    assert "differs in lr" in capsys.readouterr().err
+    subprocess.run([*command, "-o", "broken", "--resume"], check=True, capture_output=True)
+    assert Path("broken/model.safetensors").read_bytes() == Path("whole/model.safetensors").read_bytes()
+    logs = [Path(name, "recover.jsonl").read_text().splitlines() for name in ("whole", "broken")]
+    a, b = ([{**json.loads(line), "seconds": 0} for line in lines] for lines in logs)
+    assert a == b
+    assert not Path("broken.run").exists()

@@ -1,0 +1,95 @@
+"""Parameter groups: every trainable parameter exactly once, in the group that it belongs to."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import ilmconvert
+from ilmconvert.errors import UsageError
+from ilmconvert.nn import ILMNorm
+from tests.models import TiedNorm
+
+
+def names(groups: list[dict]) -> dict[str, set[str]]:
+    return {group["name"]: set(group["param_names"]) for group in groups}
+
+
+def test_groups_of_a_mixed_model_are_exact() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.GroupNorm(2, 32), nn.Linear(4, 4))
+    converted = ilmconvert.convert(model, gains=True, exclude="2").model
+    groups = ilmconvert.parameter_groups(converted, lr=0.1, weight_decay=0.2, meta_lr_scale=0.3)
+    predictor = {f"1.predictor.{part}.weight" for part in ("encoder", "scale_decoder", "shift_decoder")}
+    assert names(groups) == {
+        "meta": predictor | {"1.scale_gain", "1.shift_gain"},
+        "norm": {"0.bias", "1.weight", "1.bias", "2.weight", "2.bias", "3.bias"},
+        "rest": {"0.weight", "3.weight"},
+    }
+    rates = {group["name"]: (group["lr"], group["weight_decay"]) for group in groups}
+    assert rates == {"meta": (pytest.approx(0.03), 0.0), "norm": (0.1, 0.0), "rest": (0.1, 0.2)}
+    for group in groups:
+        assert [dict(converted.named_parameters())[n] for n in group["param_names"]] == group["params"]
+    optimizer = torch.optim.SGD(groups, momentum=0.9)
+    assert [group["name"] for group in optimizer.param_groups] == ["meta", "norm", "rest"]
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_efficientnet_gn", "test_convnext"])
+def test_every_parameter_once_in_real_models(name: str) -> None:
+    model = ilmconvert.convert(timm.create_model(name)).model
+    groups = ilmconvert.parameter_groups(model, lr=0.1, weight_decay=0.1)
+    grouped = [p for group in groups for p in group["params"]]
+    assert len(grouped) == len(set(grouped)) == len(list(model.parameters()))
+    undecayed = {p for group in groups if group["weight_decay"] == 0 for p in group["params"]}
+    layers = [m for m in model.modules() if isinstance(m, ILMNorm)]
+    assert layers
+    assert {p for layer in layers for p in layer.parameters()} <= undecayed
+    assert not {m.weight for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and m.bias is not None} & (
+        undecayed - {p for layer in layers for p in layer.parameters()}
+    )
+
+
+def test_what_the_model_wants_undecayed_is() -> None:
+    groups = names(ilmconvert.parameter_groups(timm.create_model("test_vit"), lr=0.1))
+    assert {"pos_embed", "cls_token"} <= groups["norm"]
+    assert "meta" not in groups
+
+
+def test_tied_parameters_are_in_one_group() -> None:
+    model = ilmconvert.convert(TiedNorm()).model
+    model.extra = nn.Linear(32, 32, bias=False)
+    model.extra.weight = model.block[0].weight = nn.Parameter(torch.randn(32, 32, 1, 1))
+    model.scale = model.norm1.weight  # a norm's scale used elsewhere stays a norm's scale
+    groups = ilmconvert.parameter_groups(model, lr=0.1, weight_decay=0.1)
+    grouped = [p for group in groups for p in group["params"]]
+    assert len(grouped) == len(set(grouped)) == len(list(model.parameters()))
+    assert any(p is model.scale for p in groups[1]["params"])
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    model = ilmconvert.convert(timm.create_model("test_resnet")).model
+    model.fc.weight.requires_grad_(False)
+    everything = {n for part in names(ilmconvert.parameter_groups(model, lr=0.1)).values() for n in part}
+    assert everything == {n for n, _ in model.named_parameters()} - {"fc.weight"}
+
+    layers = names(ilmconvert.parameter_groups(model, lr=0.1, freeze=True))
+    paths = [name for name, m in model.named_modules() if isinstance(m, ILMNorm)]
+    assert set(layers) == {"meta", "norm"}
+    assert layers["norm"] == {f"{path}.{name}" for path in paths for name in ("weight", "bias")}
+
+    some = names(ilmconvert.parameter_groups(model, lr=0.1, freeze=["layer1.*", "conv1.*"]))
+    assert {n for part in some.values() for n in part} == {
+        n for n in everything if not n.startswith(("layer1.", "conv1."))
+    }
+    assert model.conv1[0].weight.requires_grad  # the model is left as it is
+
+
+def test_wrong_requests_are_refused() -> None:
+    model = nn.Linear(2, 2)
+    with pytest.raises(UsageError, match="'layer9"):
+        ilmconvert.parameter_groups(model, lr=0.1, freeze="layer9.*")
+    with pytest.raises(UsageError, match="expected weight_decay of at least 0"):
+        ilmconvert.parameter_groups(model, lr=0.1, weight_decay=-1)
+    with pytest.raises(UsageError, match="all are frozen"):
+        ilmconvert.parameter_groups(model, lr=0.1, freeze=True)

@@ -1,0 +1,239 @@
+"""Recovery: it recovers, never ends below its start, and leaves everything else as it was."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import random
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+import ilmconvert
+from ilmconvert.errors import CheckpointError, UsageError
+from ilmconvert.metrics import Comparison, Similarity
+from ilmconvert.nn import ILMNorm
+from ilmconvert.training import Evaluation
+from ilmconvert.training.losses import FeatureMatching
+from ilmconvert.training.records import records
+from ilmconvert.training.trainer import _schedule
+from tests.helpers import same_state
+from tests.training.problem import conversion, images, original
+
+SHORT = {"steps": 60, "evaluate_every": 20, "lr": 3e-3, "held_out": 0.25}
+
+
+@pytest.fixture(scope="module")
+def teacher() -> nn.Module:
+    return original()
+
+
+@pytest.fixture
+def student(teacher: nn.Module) -> nn.Module:
+    return conversion(teacher).model
+
+
+def another(model: nn.Module) -> nn.Module:
+    """Another model of the same kind."""
+    other = copy.deepcopy(model)
+    nn.init.normal_(other[0].weight)
+    return other
+
+
+def measure(teacher: nn.Module, model: nn.Module, x: Tensor) -> Similarity:
+    comparison = Comparison()
+    with torch.no_grad():
+        comparison.update(teacher(x), model.eval()(x))
+    return comparison.result()
+
+
+@pytest.mark.parametrize("more", [{}, {"features": 0.1}, {"temperature": 4.0}, {"precision": "bf16"}])
+def test_agreement_rises(teacher: nn.Module, student: nn.Module, more: dict[str, Any]) -> None:
+    before = {n: p.clone() for n, p in student.named_parameters()}
+    held_out, x = images()[:50], images()[50:]
+    recovery = ilmconvert.recover(teacher, student, x, held_out_images=held_out, **SHORT | more)
+    start, best = recovery.report.start.measured, recovery.report.best.measured
+    assert best.agreement >= start.agreement + 0.1
+    assert best.kl < start.kl / 5
+    assert asdict(measure(teacher, recovery.model, held_out)) == pytest.approx(asdict(best))
+    assert asdict(measure(teacher, student, held_out)) == pytest.approx(asdict(start))
+    assert [e.step for e in recovery.report.evaluations] == [0, 20, 40, 60]
+    assert all(torch.equal(p, before[n]) for n, p in student.named_parameters())
+
+
+@pytest.mark.parametrize(("lr", "stopped"), [(30.0, None), (math.inf, "diverged")])
+def test_never_below_the_start(teacher: nn.Module, student: nn.Module, lr: float, stopped: str | None) -> None:
+    recovery = ilmconvert.recover(teacher, student, images(60), **SHORT | {"lr": lr, "clip": 0.0})
+    report = recovery.report
+    assert report.best is report.start
+    assert same_state(recovery.model, student)
+    assert "no step improved on the start" in str(report)
+    if stopped:
+        assert report.stopped == stopped
+        assert len(report.evaluations) == 2
+        assert "try a smaller learning rate" in str(report)
+
+
+def test_only_the_ilm_layers_train_when_the_rest_is_frozen(teacher: nn.Module, student: nn.Module) -> None:
+    student[0].weight.requires_grad_(False)
+    recovery = ilmconvert.recover(teacher, student, images(), freeze=True, **SHORT | {"lr": 1e-2})
+    after = dict(recovery.model.named_parameters())
+    changed = {n for n, p in student.named_parameters() if not torch.equal(p, after[n])}
+    assert recovery.report.best.step > 0
+    assert {n.partition(".")[0] for n in changed} == {"1", "4"}
+    assert isinstance(recovery.model[1], ILMNorm)
+    assert recovery.report.trained == sum(p.numel() for layer in (student[1], student[4]) for p in layer.parameters())
+    assert not recovery.model[0].weight.requires_grad
+    assert recovery.model[9].weight.requires_grad
+
+
+def test_norms_that_stay_keep_their_statistics_when_frozen(teacher: nn.Module) -> None:
+    student = conversion(teacher, exclude="1").model
+    runs = {
+        freeze: ilmconvert.recover(teacher, student, images(60), freeze=freeze, **SHORT | {"steps": 20}).model
+        for freeze in (True, False)
+    }
+    assert torch.equal(runs[True][1].running_mean, student[1].running_mean)
+    assert not torch.equal(runs[False][1].running_mean, student[1].running_mean)
+
+
+def test_labels_are_learned(student: nn.Module) -> None:
+    x = images(160)
+    labels = (x.mean((1, 2, 3)) > 0).long() + 2 * (x[:, 0].mean((1, 2)) > 0).long()
+    recovery = ilmconvert.recover(None, student, TensorDataset(x, labels), labels=True, **SHORT)
+    start, best = recovery.report.start.measured, recovery.report.best.measured
+    assert (recovery.report.figure, start.answers) == ("accuracy", 40)
+    assert best.accuracy > max(start.accuracy, 0.6)
+    batches = zip(x.split(32), labels.split(32), strict=True)
+    again = ilmconvert.recover(None, student, batches, labels=True, **SHORT)
+    assert same_state(again.model, recovery.model)
+
+
+def test_random_state_and_modes_are_left_alone(teacher: nn.Module, student: nn.Module) -> None:
+    random.seed(3)
+    torch.manual_seed(3)
+    wanted = random.random(), torch.rand(1)
+    random.seed(3)
+    torch.manual_seed(3)
+    student.train()
+    recovery = ilmconvert.recover(teacher, student, images(20), steps=2, batch_size=8)
+    assert (random.random(), torch.rand(1)) == wanted
+    assert recovery.model.training
+    assert not teacher.training
+    assert all(p.requires_grad for p in recovery.model.parameters())
+
+
+def test_half_precision_models_train_in_float32_and_come_back_in_half(teacher: nn.Module) -> None:
+    low = conversion(teacher.bfloat16()).model
+    try:
+        recovery = ilmconvert.recover(teacher, low, images(60), **SHORT | {"steps": 40})
+    finally:
+        teacher.float()
+    assert {p.dtype for p in recovery.model.parameters()} == {torch.bfloat16}
+    assert recovery.report.best.measured.kl < recovery.report.start.measured.kl
+
+
+def test_a_time_limit_is_kept(teacher: nn.Module, student: nn.Module) -> None:
+    told = []
+    recovery = ilmconvert.recover(
+        teacher, student, images(40), minutes=1.5 / 60, batch_size=8, progress=lambda *a: told.append(a)
+    )
+    assert recovery.report.evaluations[-1].seconds < 5
+    assert recovery.report.evaluations[-1].step > 3
+    assert recovery.report.evaluations[-1].lr < 2e-4 / 10  # the schedule has come down
+    assert told[-1][0] == "recovering (seconds)"
+
+
+def test_schedule_rises_and_falls() -> None:
+    assert _schedule(0.0, 0.1) == pytest.approx(0.01, rel=0.02)
+    assert _schedule(0.1, 0.1) == 1.0
+    assert _schedule(0.55, 0.1) == pytest.approx(0.5)
+    assert _schedule(1.0, 0.1) == pytest.approx(0.0, abs=1e-12)
+    assert _schedule(0.0, 0.0) == 1.0
+
+
+def test_features_are_compared_at_the_replaced_norms(teacher: nn.Module, student: nn.Module) -> None:
+    x = images(8)
+    with torch.no_grad(), FeatureMatching(teacher, student) as matching:
+        teacher(x)
+        student(x)
+        got = matching.loss()
+        seen = [m(x) for m in (teacher[:2], student[:2], teacher[:5], student[:5])]
+    wanted = [((t - s) ** 2).mean() / t.var() for t, s in (seen[:2], seen[2:])]
+    assert got == pytest.approx(float(sum(wanted) / 2))
+    assert not any(m._forward_hooks for m in (*teacher, *student))
+
+
+def test_records_hold_every_measurement(teacher: nn.Module, student: nn.Module) -> None:
+    seen: list[Evaluation] = []
+    recovery = ilmconvert.recover(teacher, student, images(40), steps=4, evaluate_every=2, on_evaluation=seen.append)
+    files = records(recovery.report)
+    assert tuple(seen) == recovery.report.evaluations
+    lines = [json.loads(line) for line in files["recover.jsonl"].decode().splitlines()]
+    assert [Evaluation.from_dict(line) for line in lines] == seen
+    header, *rows = files["recover.csv"].decode().splitlines()
+    assert header == "step,epoch,seconds,lr,loss,answers,agreement,top5,kl,cosine"
+    assert [row.split(",")[0] for row in rows] == ["0", "2", "4"]
+    assert files["recover.png"].startswith(b"\x89PNG")
+    assert json.loads(files["recover.json"])["best"]["step"] == recovery.report.best.step
+
+
+def test_candidates_are_compared_by_agreement_then_kl() -> None:
+    def at(agreement: float, kl: float) -> Evaluation:
+        return Evaluation(0, 0.0, 0.0, 0.0, None, Similarity(10, agreement, 1.0, kl, 1.0))
+
+    ordered = [at(0.5, math.nan), at(0.5, 2.0), at(0.5, 1.0), at(0.6, 3.0)]
+    assert sorted([ordered[i] for i in (2, 0, 3, 1)], key=lambda e: e.merit) == ordered
+
+
+def test_a_broken_off_run_takes_the_same_course(teacher: nn.Module, student: nn.Module, tmp_path: Path) -> None:
+    whole = ilmconvert.recover(teacher, student, images(60), **SHORT)
+
+    class Killed(Exception):  # noqa: N818
+        pass
+
+    def kill(what: str, done: int, total: int) -> None:
+        if done == 50:
+            raise Killed
+
+    with pytest.raises(Killed):
+        ilmconvert.recover(teacher, student, images(60), run_folder=tmp_path, progress=kill, **SHORT)
+    again = ilmconvert.recover(teacher, student, images(60), run_folder=tmp_path, resume=True, **SHORT)
+    assert same_state(again.model, whole.model)
+    a, b = ([{**e.to_dict(), "seconds": 0} for e in r.report.evaluations] for r in (again, whole))
+    assert a == b
+    for wrong, message in (
+        ({"lr": 1e-3}, "differs in lr"),
+        ({"images": images(61)}, "differs in images"),
+        ({"original": another(teacher)}, "differs in original"),
+    ):
+        x, model = wrong.pop("images", images(60)), wrong.pop("original", teacher)
+        with pytest.raises(CheckpointError, match=message):
+            ilmconvert.recover(model, student, x, run_folder=tmp_path, resume=True, **SHORT | wrong)
+
+
+def test_wrong_requests_are_refused(teacher: nn.Module, student: nn.Module, tmp_path: Path) -> None:
+    x = images(8)
+    for arguments, options, message in (
+        ((None, student, x), {}, "expected the original"),
+        ((teacher, student, x), {"steps": 0}, "expected steps to be at least 1"),
+        ((teacher, student, x), {"stepps": 3}, "expected options among"),
+        ((teacher, student, x), {"labels": True}, "pairs"),
+        ((teacher, student, x), {"labels": True, "features": 1.0}, "expected features=0"),
+        ((teacher, student, x), {"resume": True}, "expected run_folder"),
+        ((teacher, student, x[:1]), {}, "at least 2 images"),
+        ((teacher, student, tmp_path / "none"), {}, "expected a folder of images"),
+        ((teacher, student, 3), {}, "expected a folder, a dataset"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            ilmconvert.recover(*arguments, **{"steps": 1} | options)
+    with pytest.raises(CheckpointError, match="expected a run to go on with"):
+        ilmconvert.recover(teacher, student, x, steps=1, run_folder=tmp_path, resume=True)
+    with pytest.raises(UsageError, match="fp16"):
+        ilmconvert.recover(teacher, student, x, steps=1, precision="fp16", cpu=True)

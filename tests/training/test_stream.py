@@ -1,0 +1,118 @@
+"""The stream of training images: what comes when does not depend on breaks, processes or workers."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ilmconvert.errors import UsageError
+from ilmconvert.training.data import open_images
+from ilmconvert.training.options import RecoverOptions
+from ilmconvert.training.stream import held_out_loader, training_stream
+
+
+class Numbers(Dataset[Tensor]):
+    """Items that tell their index and what the three random generators gave."""
+
+    def __len__(self) -> int:
+        return 7
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.tensor([index, random.random(), np.random.rand(), float(torch.rand(()))], dtype=torch.float64)
+
+
+def take(steps: int, *, start: int = 0, rank: int = 0, world_size: int = 1, workers: int = 0) -> list[Tensor]:
+    options = RecoverOptions(batch_size=4, seed=5, workers=workers)
+    stream = training_stream(Numbers(), options, start, rank, world_size)
+    return [next(stream).images for _ in range(steps)]
+
+
+def test_breaks_processes_and_workers_change_nothing() -> None:
+    whole = take(6)
+    assert all(map(torch.equal, take(3, start=3), whole[3:]))
+    assert all(map(torch.equal, take(6, workers=1), whole))
+    parts = zip(take(6, rank=0, world_size=2), take(6, rank=1, world_size=2), strict=True)
+    for step, (a, b) in zip(whole, parts, strict=True):
+        assert torch.equal(torch.stack((a, b), 1).flatten(0, 1), step)
+
+
+def test_each_epoch_has_every_image_once_in_another_order() -> None:
+    order = torch.cat(take(7))[:, 0].reshape(4, 7)
+    assert all(sorted(epoch) == list(range(7)) for epoch in order.tolist())
+    assert not torch.equal(order[0], order[1])
+    draws = torch.cat(take(7))[:, 1:]
+    assert len(draws.unique(dim=0)) == 28  # and every draw is a new one
+
+
+def test_batches_must_be_shared_evenly() -> None:
+    with pytest.raises(UsageError, match="3 processes can share evenly, got 4"):
+        take(1, world_size=3)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("2/a", "2/b", "10/a", "10/deep/10/b", "10/c"):
+        file = tmp_path / f"{name}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((40, 48), 100).convert("RGB").save(file)
+    return tmp_path
+
+
+def test_folders_are_split_by_file_and_labelled_by_folder(folder: Path) -> None:
+    model = timm.create_model("test_resnet")
+    options = RecoverOptions(held_out=0.4, batch_size=3, input_size=(3, 32, 32))
+    data = open_images(folder, model, options, labels=True)
+    assert data.classes == ("2", "10")
+    assert (len(data.train), len(data.held_out)) == (3, 2)
+    assert not set(data.train.files) & set(data.held_out.files)
+    labels = {f: t for part in (data.train, data.held_out) for f, t in zip(part.files, part.targets, strict=True)}
+    assert {file.relative_to(folder).parts[0]: label for file, label in labels.items()} == {"2": 0, "10": 1}
+    again = open_images(folder, model, options, labels=True)
+    assert again.digest == data.digest
+    assert open_images(folder, model, RecoverOptions(seed=1), labels=True).digest != data.digest
+    (batch,) = held_out_loader(data.held_out, options, 0, 1)
+    assert batch.images.shape == (2, 3, 32, 32)
+    assert batch.labels.tolist() == list(data.held_out.targets)
+
+
+def test_strength_of_augmentation(folder: Path) -> None:
+    model = timm.create_model("test_resnet")
+
+    def two_draws(strength: float) -> tuple[Tensor, Tensor]:
+        options = RecoverOptions(batch_size=4, augment=strength, input_size=(3, 32, 32))
+        data = open_images(folder, model, options, labels=False)
+        stream = training_stream(data.train, options, 0, 0, 1)
+        return next(stream).images.sort(0).values, next(stream).images.sort(0).values
+
+    assert torch.equal(*two_draws(0.0))
+    assert not torch.equal(*two_draws(0.5))
+    a, b = two_draws(1.0)
+    assert a.shape == b.shape == (4, 3, 32, 32)
+
+
+def test_broken_files_are_told_and_replaced(folder: Path) -> None:
+    broken = folder / "2" / "broken.png"
+    broken.write_bytes(b"nothing")
+    options = RecoverOptions(batch_size=5, held_out=0.01, input_size=(3, 32, 32))
+    data = open_images(folder, timm.create_model("test_resnet"), options, labels=False)
+    told: dict[str, str] = {}
+    for part in (training_stream(data.train, options, 0, 0, 1), iter(held_out_loader(data.held_out, options, 0, 1))):
+        batch = next(part)
+        told |= batch.broken
+        assert batch.images is None or torch.isfinite(batch.images).all()
+    assert list(told) == [str(broken)]
+    assert "cannot identify" in told[str(broken)]
+
+
+def test_images_beside_the_classes_are_refused(folder: Path) -> None:
+    (folder / "2" / "a.png").rename(folder / "a.png")
+    with pytest.raises(UsageError, match="a folder for each class"):
+        open_images(folder, timm.create_model("test_resnet"), RecoverOptions(), labels=True)
