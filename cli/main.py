@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import click
 from ilmconvert_cli.commands.calibrate import calibrate
 from ilmconvert_cli.commands.convert import convert
+from ilmconvert_cli.commands.diff import diff
 from ilmconvert_cli.commands.inspect import inspect
 from ilmconvert_cli.commands.recover import recover
 from ilmconvert_cli.commands.survey import survey
@@ -28,7 +29,7 @@ def cli() -> None:
     """
 
 
-for command in (inspect, convert, calibrate, recover, verify, survey):
+for command in (inspect, convert, calibrate, recover, verify, diff, survey):
     cli.add_command(command)
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from ilmconvert import Conversion
 
-__all__ = ["Opened", "open_model", "open_teacher", "sample_inputs"]
+__all__ = ["Opened", "Pair", "open_model", "open_pair", "open_teacher", "sample_inputs"]
 
 
 class Opened(NamedTuple):
@@ -21,6 +21,14 @@ class Opened(NamedTuple):
     model: nn.Module
     factory: str | None
     model_args: dict[str, Any]
+
+
+class Pair(NamedTuple):
+    """Two models to compare, and what to call them."""
+
+    a: nn.Module
+    b: nn.Module
+    names: tuple[str, str]
 
 
 def open_model(
@@ -57,6 +65,40 @@ def open_model(
     if checkpoint is not None:
         load_weights(opened.model, checkpoint)
     return opened
+
+
+def open_pair(
+    a: str,
+    b: str | None,
+    *,
+    pretrained: bool = False,
+    model_args: tuple[tuple[str, Any], ...] = (),
+    trust_factory: bool = False,
+) -> Pair:
+    """The two models that the arguments of ``diff`` mean; a saved conversion is what was converted.
+
+    Args:
+        a, b: timm names, saved folders or ``package.module:factory``; without ``b``, ``a`` is a saved folder, whose
+            original norms are compared with it.
+        pretrained, model_args, trust_factory: as :func:`open_model`, for those that are no saved folders.
+    """
+    from ilmconvert.checkpoint import is_saved, load_conversion
+
+    if b is None:
+        if not is_saved(a):
+            raise UsageError(f"expected two models, or one folder saved by ilmconvert; got {a!r} alone")
+        conversion = load_conversion(a, trust_factory=trust_factory)
+        return Pair(conversion.revert(), conversion.model, (f"{a} (original)", a))
+
+    def opened(name: str) -> nn.Module:
+        import torch
+
+        if is_saved(name):
+            return load_conversion(name, trust_factory=trust_factory).model
+        torch.manual_seed(0)  # the same random weights for the same architecture
+        return open_model(name, pretrained=pretrained, model_args=model_args).model
+
+    return Pair(opened(a), opened(b), (a, b))
 
 
 def open_teacher(conversion: Conversion, name: str | None, checkpoint: Path | None, trust_factory: bool) -> nn.Module:

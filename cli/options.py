@@ -15,7 +15,9 @@ __all__ = [
     "conversion_options",
     "input_size_option",
     "json_option",
+    "model_arg_option",
     "model_options",
+    "pretrained_option",
     "recovery_options",
     "teacher_options",
     "trust_factory_option",
@@ -87,18 +89,21 @@ trust_factory_option = click.option(
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 
+pretrained_option = click.option("--pretrained", is_flag=True, help="Load timm's pretrained weights (downloads them).")
+model_arg_option = click.option(
+    "--model-arg", "model_args", type=KeyValue(), multiple=True, help="Argument for building MODEL; repeatable."
+)
+
 model_options = _all(
     click.argument("model"),
-    click.option("--pretrained", is_flag=True, help="Load timm's pretrained weights (downloads them)."),
+    pretrained_option,
     click.option(
         "--checkpoint",
         type=click.Path(path_type=Path),
         metavar="FILE",
         help="Load weights from a safetensors or torch file (read with weights_only=True).",
     ),
-    click.option(
-        "--model-arg", "model_args", type=KeyValue(), multiple=True, help="Argument for building MODEL; repeatable."
-    ),
+    model_arg_option,
     trust_factory_option,
     input_size_option,
 )

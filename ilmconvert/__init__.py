@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ilmconvert import checkpoint, errors, nn, norms
     from ilmconvert.calibration import Calibration, calibrate
     from ilmconvert.checkpoint import load, load_conversion
+    from ilmconvert.comparison import GraphDiff, diff
     from ilmconvert.conversion import Conversion, apply_plan, convert, inspect
     from ilmconvert.options import ConvertOptions
     from ilmconvert.plan import Plan
@@ -30,6 +31,7 @@ __all__ = [
     "Calibration",
     "Conversion",
     "ConvertOptions",
+    "GraphDiff",
     "Plan",
     "RecoverOptions",
     "Recovery",
@@ -38,6 +40,7 @@ __all__ = [
     "calibrate",
     "checkpoint",
     "convert",
+    "diff",
     "errors",
     "inspect",
     "load",
@@ -53,6 +56,7 @@ _HOME = {
     "Calibration": "calibration",
     "Conversion": "conversion",
     "ConvertOptions": "options",
+    "GraphDiff": "comparison",
     "Plan": "plan",
     "RecoverOptions": "training",
     "Recovery": "training",
@@ -60,6 +64,7 @@ _HOME = {
     "apply_plan": "conversion",
     "calibrate": "calibration",
     "convert": "conversion",
+    "diff": "comparison",
     "inspect": "conversion",
     "load": "checkpoint",
     "load_conversion": "checkpoint",

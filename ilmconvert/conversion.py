@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import fx, nn
@@ -24,6 +24,9 @@ from ilmconvert.redirection import get_module, put_calls_back_
 from ilmconvert.report import Report
 from ilmconvert.rewrite import replace_modules_, rewrite
 from ilmconvert.sources import Source
+
+if TYPE_CHECKING:
+    from ilmconvert.comparison import GraphDiff
 
 __all__ = ["Conversion", "Progress", "apply_plan", "convert", "inspect"]
 
@@ -120,6 +123,14 @@ class Conversion:
         report = replace(self.report, plan=replace(self.plan, decisions=decisions))
         originals = {path: norm for path, norm in self.originals.items() if path not in gone}
         return replace(self, report=report, originals=originals)
+
+    def diff(self, *, example_inputs: Any = None, numerics: Any = None) -> GraphDiff:
+        """What the conversion changed in the model as it is now; see :func:`ilmconvert.diff`."""
+        from ilmconvert.comparison import diff
+
+        name = type(self.model).__name__
+        names = (name, f"{name} converted")
+        return diff(self.revert(), self.model, example_inputs=example_inputs, numerics=numerics, names=names)
 
     def save(
         self,

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "docs" / "getting-started.md", ROOT / "docs" / "calibration.md"]
+PAGES = [ROOT / "docs" / name for name in ("getting-started.md", "calibration.md", "diff.md")]
 
 
 def console_steps(page: Path) -> list[tuple[str, str]]:
@@ -60,6 +60,13 @@ def test_console_blocks_print_what_they_show(page: Path, tmp_path: Path) -> None
 
 def test_generated_pages_are_up_to_date() -> None:
     command = [sys.executable, str(ROOT / "docs" / "generate.py"), "--check"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.slow
+def test_real_diffs_are_up_to_date() -> None:
+    command = [sys.executable, str(ROOT / "docs" / "diffs" / "generate.py"), "--check"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
 

@@ -8,7 +8,7 @@ from torch import fx, nn
 
 from ilmconvert.graph.tracer import FUNCTIONAL_NORMS, TraceError, harmless_read, trace
 
-__all__ = ["Exploration"]
+__all__ = ["Exploration", "owner_path"]
 
 
 @dataclass
@@ -79,7 +79,7 @@ class Exploration:
 
     def _node(self, path: str, root: nn.Module, node: fx.Node, how: str) -> None:
         if node.op == "call_function" and node.target in FUNCTIONAL_NORMS:
-            self.functional.append((_owner(path, node), node, FUNCTIONAL_NORMS[node.target]))
+            self.functional.append((owner_path(path, node), node, FUNCTIONAL_NORMS[node.target]))
         if node.op == "get_attr" and not harmless_read(node):
             home = root.get_submodule(str(node.target).rpartition(".")[0])
             self.read |= {home} & self.norms
@@ -97,7 +97,7 @@ class Exploration:
         self.calls[module] = self.calls.get(module, 0) + 1
 
 
-def _owner(path: str, node: fx.Node) -> str:
+def owner_path(path: str, node: fx.Node) -> str:
     """Qualified name of the innermost module whose forward makes the call."""
     stack = node.meta.get("nn_module_stack") or {}
     inner = next(reversed(stack.values()), ("",))[0] if stack else ""

@@ -1,0 +1,90 @@
+"""What two models are run on to compare their activations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ilmconvert.errors import UsageError
+from ilmconvert.graph.inputs import Inputs, example_inputs
+from ilmconvert.images import image_batches
+
+__all__ = ["Batches", "folder_batches", "given_batches", "random_batches"]
+
+_RANDOM_SAMPLES = 4
+_IMAGES = 32
+_IMAGES_IN_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Inputs, and what they are in words.
+
+    Attributes:
+        batches: what to call both models with, one after the other.
+        words: what they are.
+        notes: called at the end: what could not be read.
+    """
+
+    batches: Iterable[Inputs]
+    words: str
+    notes: Callable[[], tuple[str, ...]] = tuple
+
+
+def random_batches(
+    model: nn.Module, *, samples: int | None = None, input_size: tuple[int, ...] | None = None
+) -> Batches:
+    """One batch of standard normal values from a fixed seed, of the size that ``model`` declares.
+
+    Raises:
+        UsageError: it declares none and none is given.
+    """
+    number = samples or _RANDOM_SAMPLES
+    inputs = example_inputs(model, input_size=input_size, batch_size=number)
+    if inputs is None:
+        raise UsageError(
+            f"expected an input size for {type(model).__name__}, which declares none; give --input-size 3,224,224, or "
+            "batches of your own in Python"
+        )
+    size = "x".join(map(str, inputs.args[0].shape[1:]))
+    return Batches([inputs], f"{number} random input{'' if number == 1 else 's'} of {size}")
+
+
+def folder_batches(
+    folder: str | Path, model: nn.Module, *, limit: int | None = None, input_size: tuple[int, ...] | None = None
+) -> Batches:
+    """The images under a folder, as ``model`` wants them.
+
+    Raises:
+        UsageError: no such folder, or no image in it.
+    """
+    limit = limit or _IMAGES
+    images = image_batches(folder, model, batch_size=min(_IMAGES_IN_BATCH, limit), limit=limit, input_size=input_size)
+    words = f"{len(images.files)} image{'' if len(images.files) == 1 else 's'} from {folder}"
+    return Batches(
+        (Inputs((batch,)) for batch in images),
+        words,
+        lambda: tuple(f"not read: {file}: {why}" for file, why in images.broken.items()),
+    )
+
+
+def given_batches(given: Any, model: nn.Module) -> Batches:
+    """What the caller of ``diff`` means: ``"random"``, a folder, :class:`Batches`, or an iterable of batches."""
+    if isinstance(given, Batches):
+        return given
+    if isinstance(given, str) and given == "random":
+        return random_batches(model)
+    if isinstance(given, Tensor):
+        given = [given]
+    if isinstance(given, (str, Path)):
+        return folder_batches(given, model)
+    if not isinstance(given, Iterable) or isinstance(given, dict):
+        raise UsageError(
+            f"expected numerics to be 'random', a folder or an iterable of batches, got {type(given).__name__}"
+        )
+    wrapped = (inputs for batch in given if (inputs := example_inputs(model, batch)) is not None)
+    return Batches(wrapped, "the batches given")

@@ -1,0 +1,197 @@
+"""Where two models part: both on the same inputs, the outputs of matched modules compared as they run.
+
+No more than a budget of activations is ever held: the first model runs and keeps what fits, the second runs and each
+output is compared and dropped at once; both run again for the next modules until all are compared. Inputs come in
+batches, over which only five sums for each module are kept::
+
+    relative error = |a - b| / |a|        cosine = <a, b> / (|a| |b|)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ilmconvert.comparison.batches import Batches
+from ilmconvert.comparison.value import GraphDiff, Numbers, NumericsRun
+from ilmconvert.errors import IlmconvertError, UsageError
+from ilmconvert.graph.inputs import Inputs, first_tensor
+from ilmconvert.graph.shadow import copy_model
+
+__all__ = ["BUDGET", "measure"]
+
+BUDGET = 256 * 2**20  # bytes of activations held at a time
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class _Sums:
+    """The sums of one pair over all calls and batches."""
+
+    aa: float = 0.0
+    bb: float = 0.0
+    ab: float = 0.0
+    error: float = 0.0
+    note: str = "did not run"
+
+    def add(self, a: Tensor, b: Tensor) -> None:
+        x, y = a.double().flatten(), b.double().flatten()
+        self.aa += float(x @ x)
+        self.bb += float(y @ y)
+        self.ab += float(x @ y)
+        y = y - x
+        self.error += float(y @ y)
+
+    def numbers(self) -> Numbers:
+        if self.note:
+            return Numbers(None, None, self.note)
+        if not math.isfinite(self.aa + self.bb + self.error):
+            return Numbers(None, None, "not finite")
+        cosine = self.ab / math.sqrt(self.aa * self.bb) if self.aa and self.bb else None
+        if cosine is not None:
+            cosine = min(1.0, max(-1.0, cosine))
+        if not self.aa:
+            return Numbers(None if self.error else 0.0, cosine, "the first is zero" if self.error else "")
+        return Numbers(math.sqrt(self.error / self.aa), cosine)
+
+
+@dataclass
+class _Pass:
+    """One run of each model: what of the first is held, and what did not fit any more."""
+
+    budget: int
+    waiting: set[int]
+    held: dict[int, list[list[Tensor]]] = field(default_factory=dict)
+    used: int = 0
+    full: bool = False
+
+    def keep(self, index: int, tensors: list[Tensor]) -> None:
+        if index not in self.waiting or (self.full and index not in self.held):
+            return
+        size = sum(t.numel() * t.element_size() for t in tensors)
+        if self.held and index not in self.held and self.used + size > self.budget:
+            self.full = True
+            return
+        self.used += size
+        self.held.setdefault(index, []).append([t.detach().clone() for t in tensors])  # it may be changed in place
+
+
+def measure(
+    diff: GraphDiff,
+    a: nn.Module,
+    b: nn.Module,
+    batches: Batches,
+    *,
+    budget: int = BUDGET,
+    progress: Progress | None = None,
+) -> GraphDiff:
+    """Add figures to the matched modules of ``diff``.
+
+    Args:
+        diff: of the two models.
+        a, b: the models; they are left as they are, and run in evaluation mode.
+        batches: what to call both with.
+        budget: bytes of activations to hold at a time (one output at least).
+        progress: called with (what, done, total), where total is 0 if unknown.
+
+    Raises:
+        IlmconvertError: a model cannot be run on these inputs.
+    """
+    indexes = [i for i, (row, (x, _)) in enumerate(zip(diff.rows, map(diff.nodes, diff.rows), strict=True))
+               if row.before is not None and row.after is not None and x is not None and x.kind != "call"]  # fmt: skip
+    sums = {i: _Sums() for i in indexes}
+    models = [copy_model(m).eval() for m in (a, b)]
+    samples = 0
+    for number, batch in enumerate(batches.batches):
+        if progress is not None:
+            progress("comparing activations", number, 0)
+        samples += _samples(batch)
+        _batch(diff, models[0], models[1], batch, sums, budget)
+    if not samples:
+        raise UsageError(f"expected inputs to compare activations on, found none that can be read: {batches.words}")
+    rows = list(diff.rows)
+    for i in indexes:
+        rows[i] = replace(rows[i], numbers=sums[i].numbers())
+    return replace(diff, rows=tuple(rows), numerics=NumericsRun(batches.words, samples, batches.notes()))
+
+
+@torch.no_grad()
+def _batch(diff: GraphDiff, a: nn.Module, b: nn.Module, batch: Inputs, sums: dict[int, _Sums], budget: int) -> None:
+    waiting = set(sums)
+    while waiting:
+        this = _Pass(budget, waiting)
+        before = {diff.rows[i].before or "": i for i in waiting}
+        _run(a, before, batch, this.keep, diff.before.name)
+        seen = dict.fromkeys(this.held, 0)
+
+        def compare(index: int, tensors: list[Tensor], this: _Pass = this, seen: dict[int, int] = seen) -> None:
+            if index in this.held:
+                kept = this.held[index]
+                sums[index].note = _compare(sums[index], kept.pop(0) if kept else None, tensors)
+                seen[index] += 1
+
+        _run(b, {diff.rows[i].after or "": i for i in this.held}, batch, compare, diff.after.name)
+        for index, kept in this.held.items():
+            if kept:
+                sums[index].note = f"the second runs it {seen[index]} times, the first {seen[index] + len(kept)}"
+        waiting = waiting - set(this.held) if this.full else set()
+
+
+def _compare(sums: _Sums, before: list[Tensor] | None, after: list[Tensor]) -> str:
+    """Add one call; returns why it cannot be compared, or an empty text."""
+    if sums.note not in ("", "did not run"):
+        return sums.note
+    if before is None:
+        return "the second runs it more often"
+    shapes = [[tuple(t.shape) for t in group] for group in (before, after)]
+    if shapes[0] != shapes[1]:
+        return f"shapes {_show(shapes[0])} and {_show(shapes[1])}"
+    for x, y in zip(before, after, strict=True):
+        sums.add(x, y)
+    return "" if before else "no tensor in its output"
+
+
+def _show(shapes: list[tuple[int, ...]]) -> str:
+    return ", ".join(map(str, shapes)) or "none"
+
+
+def _run(
+    model: nn.Module, indexes: dict[str, int], batch: Inputs, take: Callable[[int, list[Tensor]], None], who: str
+) -> None:
+    like = first_tensor(model)
+    with ExitStack() as stack:
+        for path, index in indexes.items():
+
+            def hook(_: nn.Module, __: Any, output: Any, index: int = index) -> None:
+                take(index, [v for v in tree_leaves(output) if isinstance(v, Tensor) and v.is_floating_point()])
+
+            stack.callback(model.get_submodule(path).register_forward_hook(hook).remove)
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        torch.manual_seed(0)  # models that draw random numbers draw the same
+        try:
+            batch.map(lambda t: _as(t, like))(model)
+        except Exception as error:
+            raise IlmconvertError(
+                f"{who} cannot be run on these inputs: {type(error).__name__}: {' '.join(str(error).split())[:300]}. "
+                "Both models take the same inputs; --input-size gives another size"
+            ) from error
+
+
+def _as(tensor: Tensor, like: Tensor | None) -> Tensor:
+    """The tensor on the model's device, and in its dtype if it is a floating one."""
+    if like is None:
+        return tensor
+    return tensor.to(like.device, like.dtype if tensor.is_floating_point() else tensor.dtype)
+
+
+def _samples(batch: Inputs) -> int:
+    tensors = [v for v in tree_leaves((batch.args, dict(batch.kwargs))) if isinstance(v, Tensor) and v.ndim]
+    return len(tensors[0]) if tensors else 1

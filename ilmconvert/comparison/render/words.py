@@ -1,0 +1,154 @@
+"""What several renderers say in the same words."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from ilmconvert.comparison.nodes import Node, TensorInfo
+from ilmconvert.comparison.value import FieldChange, GraphDiff, Row
+
+__all__ = [
+    "MARKS",
+    "class_change",
+    "counts_line",
+    "details",
+    "frequent",
+    "mark",
+    "numbers",
+    "parameters_below",
+    "printable",
+    "tensor",
+    "totals",
+]
+
+MARKS = {"inserted": "+", "removed": "-", "changed": "~", "moved": ">", "renamed": "="}
+_LABELS = {"num_groups": "groups", "num_key_groups": "key groups"}
+
+
+def mark(row: Row) -> str:
+    """One sign for what happened to a row; blank if nothing did."""
+    return MARKS[row.changes[0]] if row.changes else " "
+
+
+def printable(text: str) -> str:
+    r"""The text in one line, with what cannot be printed as an escape.
+
+    Example:
+        >>> printable("a\nb\x1b[31m\u202e")
+        'a\\nb\\x1b[31m\\u202e'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def class_change(diff: GraphDiff, row: Row) -> str:
+    """``Conv2d``, or ``BatchNorm2d -> ILMNorm``."""
+    a, b = diff.nodes(row)
+    names = list(dict.fromkeys(_title(n) for n in (a, b) if n is not None))
+    return printable(" -> ".join(names))
+
+
+def _title(node: Node) -> str:
+    arguments = node.attributes.get("arguments")
+    return node.class_name if node.kind != "call" else f"{node.class_name}({arguments or ''})"
+
+
+def details(diff: GraphDiff, row: Row) -> list[str]:
+    """The differences of a changed pair, in few lines: what differs, what is new, what is gone, tensors likewise."""
+    plain = [f for f in row.fields if f.group in ("attribute", "graph") or f.name == "kind"]
+    tensors = [f for f in row.fields if f.group in ("parameter", "buffer")]
+    lines = []
+    if row.before is not None and row.after is not None and ("moved" in row.changes or "renamed" in row.changes):
+        lines.append(f"was {row.before or '(the model)'}")
+    lines += [_kept(diff, row)] if row.fields and row.fields[0].group == "class" else []
+    lines += [f"{_label(f)} {f.before} -> {f.after}" for f in plain if f.before is not None and f.after is not None]
+    added = sorted((f for f in plain if f.before is None), key=lambda f: f.name not in _LABELS)
+    lines.append(_list("now ", [f"{_label(f)} {f.after}" for f in added]))
+    lines.append(_list("no longer ", [_label(f) for f in plain if f.after is None]))
+    lines += [f"{f.name} {f.before} -> {f.after}" for f in tensors if f.before is not None and f.after is not None]
+    lines.append(_list("new ", [f"{f.name} {f.after}" for f in tensors if f.before is None]))
+    lines.append(_list("lost ", [f"{f.name} {f.before}" for f in tensors if f.after is None]))
+    return [printable(line) for line in lines if line]
+
+
+def _kept(diff: GraphDiff, row: Row) -> str:
+    """What a norm that became another layer has kept of its own: eps and groups, which one looks for."""
+    a, b = diff.nodes(row)
+    if a is None or b is None or not (a.role and b.role):
+        return ""
+    same = [n for n in ("num_groups", "eps") if n in a.attributes and a.attributes[n] == b.attributes.get(n)]
+    return _list("still ", [f"{_LABELS.get(n, n)} {a.attributes[n]}" for n in same])
+
+
+def _label(field: FieldChange) -> str:
+    return _LABELS.get(field.name, field.name)
+
+
+def _list(start: str, items: list[str]) -> str:
+    return start + ", ".join(items) if items else ""
+
+
+def counts_line(diff: GraphDiff) -> str:
+    """``20 changed, 82 unchanged``."""
+    return ", ".join(f"{n:,} {kind}" for kind, n in diff.counts.items() if n or kind == "unchanged")
+
+
+def totals(diff: GraphDiff) -> list[tuple[str, str, str, str]]:
+    """(what, before, after, difference) of what the models cost."""
+    a, b = diff.before.totals, diff.after.totals
+    rows = [
+        ("parameters", a.parameters, b.parameters, ""),
+        ("MACs", a.macs, b.macs, " "),
+        ("parameters and buffers", a.parameter_bytes, b.parameter_bytes, "B"),
+        ("activations", a.activation_bytes, b.activation_bytes, "B"),
+    ]
+    return [
+        (what, _amount(x, max(x, y), unit), _amount(y, max(x, y), unit), _difference(x, y))
+        for what, x, y, unit in rows
+        if x is not None and y is not None
+    ]
+
+
+def _amount(number: int, largest: int, unit: str) -> str:
+    """A count in full, or an amount with the prefix that suits the largest to be compared with."""
+    if not unit:
+        return f"{number:,}"
+    power = min((len(str(largest)) - 1) // 3, 4)
+    return f"{number / 1000**power:,.{3 if power else 0}f} {('', 'k', 'M', 'G', 'T')[power]}{unit}".rstrip()
+
+
+def _difference(before: int, after: int) -> str:
+    return f"{100 * (after - before) / before:+.2f} %" if before else ""
+
+
+def frequent(diff: GraphDiff) -> list[tuple[str, int]]:
+    """What happened, most frequent first: ``changed BatchNorm2d -> ILMNorm``, how often."""
+    counted = Counter(f"{' and '.join(row.changes)} {_kind_of(diff, row)}" for row in diff.changed)
+    return counted.most_common()
+
+
+def _kind_of(diff: GraphDiff, row: Row) -> str:
+    a, b = diff.nodes(row)
+    return printable(" -> ".join(dict.fromkeys(n.class_name for n in (a, b) if n is not None)))
+
+
+def numbers(row: Row) -> str:
+    """``error 1.2e-07, cosine 1.000000``; empty without numerics."""
+    if row.numbers is None:
+        return ""
+    error, cosine = row.numbers.relative_error, row.numbers.cosine
+    if error is None:
+        return f"error: {row.numbers.note}"
+    return f"error {error:.1e}" + ("" if cosine is None else f", cosine {cosine:.6f}")
+
+
+def parameters_below(diff: GraphDiff, index: int) -> int:
+    """Parameters of an inserted or removed row and of all below it."""
+    a, b = diff.nodes(diff.rows[index])
+    node = b or a
+    own = node.parameters if node else 0
+    return own + sum(parameters_below(diff, i) for i in diff.children.get(index, ()))
+
+
+def tensor(info: TensorInfo) -> str:
+    """``weight float32[64]``."""
+    return printable(f"{info.name} {info}")
