@@ -34,7 +34,7 @@ class Objective:
     def __init__(
         self, accelerator: Accelerator, original: nn.Module | None, student: nn.Module, options: RecoverOptions
     ) -> None:
-        self._accelerator, self._original, self._options = accelerator, original, options
+        self._accelerator, self.original, self._options = accelerator, original, options
         self._matching = FeatureMatching(original, student) if original is not None and options.features else None
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -45,12 +45,12 @@ class Objective:
         """
         if batch.images is None:
             raise UsageError("expected readable images to train on, got none")
-        if self._original is None:
+        if self.original is None:
             return self._labelled(model, batch.images, batch.labels)
         if self._matching is None:
-            return self._distilled(self._original, model, batch.images)
+            return self._distilled(self.original, model, batch.images)
         with self._matching as matching:
-            distance = self._distilled(self._original, model, batch.images)
+            distance = self._distilled(self.original, model, batch.images)
             return distance + self._options.features * matching.loss()
 
     def _labelled(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:

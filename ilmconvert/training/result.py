@@ -133,7 +133,9 @@ class RecoveryReport:
             f"({second} {getattr(start.measured, second):.4g} -> {getattr(best.measured, second):.4g})",
             f"  best at step {best.step} of {last.step}, {last.epoch:.1f} epochs of {self.images} images",
         ]
-        if best is start:
+        if last.step == 0:
+            lines.append("  warning: the time was too short for a single step; give more minutes or hold out less")
+        elif best is start:
             lines.append("  warning: no step improved on the start, which is kept")
         if self.stopped == "diverged":
             lines.append("  warning: the loss became infinite or nan; try a smaller learning rate")

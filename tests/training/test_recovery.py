@@ -150,6 +150,12 @@ def test_a_time_limit_is_kept(teacher: nn.Module, student: nn.Module) -> None:
     assert told[-1][0] == "recovering (seconds)"
 
 
+def test_too_little_time_is_told(teacher: nn.Module, student: nn.Module) -> None:
+    recovery = ilmconvert.recover(teacher, student, images(40), minutes=1e-6)
+    assert same_state(recovery.model, student)
+    assert "too short for a single step" in str(recovery.report)
+
+
 def test_schedule_rises_and_falls() -> None:
     assert _schedule(0.0, 0.1) == pytest.approx(0.01, rel=0.02)
     assert _schedule(0.1, 0.1) == 1.0
