@@ -66,7 +66,7 @@ def test_generated_pages_are_up_to_date() -> None:
 
 @pytest.mark.slow
 def test_real_diffs_are_up_to_date() -> None:
-    command = [sys.executable, str(ROOT / "docs" / "diffs" / "generate.py"), "--check"]
+    command = [sys.executable, str(ROOT / "docs" / "diffs" / "real_diffs.py"), "--check"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
 

@@ -1,4 +1,4 @@
-"""Write the real diffs in this folder: ``python docs/diffs/generate.py``; ``--check`` tells whether they are stale.
+"""Write the real diffs in this folder: ``python docs/diffs/real_diffs.py``; ``--check`` tells whether they are stale.
 
 Everything is read on the meta device: nothing is downloaded, and no memory is needed for weights.
 """
@@ -48,6 +48,6 @@ if __name__ == "__main__":
     made = {name: make() for name, make in PAGES.items()}
     stale = [n for n, text in made.items() if not (HERE / n).exists() or (HERE / n).read_text("utf-8") != text]
     if "--check" in sys.argv:
-        sys.exit(f"out of date: {', '.join(stale)}; run python docs/diffs/generate.py" if stale else 0)
+        sys.exit(f"out of date: {', '.join(stale)}; run python docs/diffs/real_diffs.py" if stale else 0)
     for name in stale:
         (HERE / name).write_text(made[name], encoding="utf-8")
