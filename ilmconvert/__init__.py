@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ilmconvert.calibration import Calibration, calibrate
     from ilmconvert.checkpoint import load, load_conversion
     from ilmconvert.comparison import GraphDiff, diff
-    from ilmconvert.conversion import Conversion, apply_plan, convert, inspect
+    from ilmconvert.conversion import Conversion, apply_plan, convert, convert_, inspect
     from ilmconvert.options import ConvertOptions
     from ilmconvert.plan import Plan
     from ilmconvert.report import Report
@@ -40,6 +40,7 @@ __all__ = [
     "calibrate",
     "checkpoint",
     "convert",
+    "convert_",
     "diff",
     "errors",
     "inspect",
@@ -64,6 +65,7 @@ _HOME = {
     "apply_plan": "conversion",
     "calibrate": "calibration",
     "convert": "conversion",
+    "convert_": "conversion",
     "diff": "comparison",
     "inspect": "conversion",
     "load": "checkpoint",

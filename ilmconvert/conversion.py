@@ -28,7 +28,7 @@ from ilmconvert.sources import Source
 if TYPE_CHECKING:
     from ilmconvert.comparison import GraphDiff
 
-__all__ = ["Conversion", "Progress", "apply_plan", "convert", "inspect"]
+__all__ = ["Conversion", "Progress", "apply_plan", "convert", "convert_", "inspect"]
 
 Progress = Callable[[str, int, int], None]
 
@@ -215,6 +215,35 @@ def convert(
     return _carry_out(model, report, progress)
 
 
+def convert_(
+    model: nn.Module,
+    options: ConvertOptions | None = None,
+    *,
+    example_inputs: Any = None,
+    progress: Progress | None = None,
+    **fields: Any,
+) -> Conversion:
+    """As :func:`convert`, on the model itself: no weight is copied but those of the norms.
+
+    An error leaves the model as it was.
+
+    Raises:
+        UsageError: as :func:`convert`, or the model is itself a norm, which cannot become another object.
+        ModelError: as :func:`convert`.
+
+    Example:
+        >>> import ilmconvert, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.LayerNorm(16))
+        >>> conversion = ilmconvert.convert_(model)
+        >>> conversion.model is model, type(model[1]).__name__
+        (True, 'ILMNorm')
+    """
+    report = inspect(model, options, example_inputs=example_inputs, **fields)
+    if any("" in decision.site.paths for decision in report.converted):
+        raise UsageError(f"expected a model with norms in it, got a {type(model).__name__}; use ilmconvert.convert")
+    return _carry_out(model, report, progress, in_place=True)
+
+
 def apply_plan(model: nn.Module, plan: Plan, *, progress: Progress | None = None) -> Conversion:
     """Carry out a plan made earlier, edited or not, on the model it was made for or one built alike.
 
@@ -224,7 +253,7 @@ def apply_plan(model: nn.Module, plan: Plan, *, progress: Progress | None = None
     return _carry_out(model, Report(plan, sum(p.numel() for p in model.parameters())), progress)
 
 
-def _carry_out(model: nn.Module, report: Report, progress: Progress | None) -> Conversion:
+def _carry_out(model: nn.Module, report: Report, progress: Progress | None, *, in_place: bool = False) -> Conversion:
     done, total = 0, len(report.converted)
 
     def step(decision: object) -> None:
@@ -234,7 +263,7 @@ def _carry_out(model: nn.Module, report: Report, progress: Progress | None) -> C
             progress("converting", done, total)
 
     with torch.inference_mode(False):  # inference tensors could not be trained
-        converted, originals = rewrite(model, report.plan, on_site=step)
+        converted, originals = rewrite(model, report.plan, in_place=in_place, on_site=step)
     return Conversion(converted, report, originals, Source.of(model), _fingerprint(converted))
 
 

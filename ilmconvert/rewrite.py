@@ -1,4 +1,4 @@
-"""Carry out a plan on a copy of a model."""
+"""Carry out a plan on a model or a copy of it."""
 
 from __future__ import annotations
 
@@ -21,23 +21,24 @@ __all__ = ["replace_modules_", "rewrite"]
 
 
 def rewrite(
-    model: nn.Module, plan: Plan, *, on_site: Callable[[Decision], None] | None = None
+    model: nn.Module, plan: Plan, *, in_place: bool = False, on_site: Callable[[Decision], None] | None = None
 ) -> tuple[nn.Module, dict[str, nn.Module]]:
-    """Convert a copy of ``model`` as ``plan`` says.
+    """Convert ``model`` as ``plan`` says.
 
     Args:
-        model: the model the plan was made for, or one built alike; it is left as it is.
+        model: the model the plan was made for, or one built alike.
         plan: the decisions.
+        in_place: convert the model itself; otherwise a copy, and the model is left as it is.
         on_site: called after each conversion.
 
     Returns:
-        The converted copy, and the norms it lost by canonical path.
+        The converted model, and (copies of) the norms it lost by canonical path.
 
     Raises:
         PlanError: a path is missing, holds another class or another norm than the plan says, or a number of groups
             does not divide its channels.
     """
-    result = copy_model(model)
+    result = model if in_place else copy_model(model)
     _check_complete(result, plan)
     fallback = first_tensor(result)
     norms = {decision.path: _norm(result, decision) for decision in plan.converted}

@@ -85,6 +85,7 @@ def test_public_names_are_these() -> None:
         "calibrate",
         "checkpoint",
         "convert",
+        "convert_",
         "diff",
         "errors",
         "inspect",

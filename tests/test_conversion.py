@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from unittest import mock
 
 import pytest
 import timm
@@ -10,8 +11,9 @@ import torch
 from torch import nn
 
 import ilmconvert
-from ilmconvert.errors import ModelError, UsageError
+from ilmconvert.errors import ModelError, PlanError, UsageError
 from ilmconvert.nn import ILMNorm
+from ilmconvert.rewrite import rewrite
 from ilmconvert.verification import relative_difference
 from tests.helpers import all_finite, randomize_norms, relative, same_state
 from tests.models import AuxiliaryHead, Branching, Bypass, Functional, TiedNorm, small_cnn
@@ -365,3 +367,31 @@ def test_revert_after_a_forward_pass_that_computes_weights() -> None:
     conversion = ilmconvert.convert(model)
     conversion.model(torch.randn(2, 4))
     assert same_state(model, conversion.revert())
+
+
+def test_in_place_gives_what_a_copy_gives_and_shares_every_other_weight() -> None:
+    model = randomize_norms(timm.create_model("test_efficientnet")).eval()
+    expected = ilmconvert.convert(model)
+    reverted = model.state_dict()
+    reverted = {name: value.clone() for name, value in reverted.items()}
+    convs = {name: p.data_ptr() for name, p in model.named_parameters() if "conv" in name}
+    conversion = ilmconvert.convert_(model)
+    assert conversion.model is model
+    assert same_state(model, expected.model)
+    assert {name: p.data_ptr() for name, p in model.named_parameters() if name in convs} == convs
+    assert all(torch.equal(v, reverted[k]) for k, v in conversion.revert().state_dict().items())
+    with pytest.raises(UsageError, match="expected a model with norms in it, got a LayerNorm"):
+        ilmconvert.convert_(nn.LayerNorm(4))
+
+
+def test_an_error_leaves_the_model_as_it_was() -> None:
+    model = small_cnn()
+    before = copy.deepcopy(model)
+    plan = ilmconvert.inspect(model, example_inputs=IMAGE).plan
+    with (
+        mock.patch("ilmconvert.rewrite.build_ilm", side_effect=[nn.Identity(), ValueError("no")]),
+        pytest.raises(PlanError, match="no"),
+    ):
+        rewrite(model, plan, in_place=True)
+    assert same_state(model, before)
+    assert [type(m) for m in model.modules()] == [type(m) for m in before.modules()]
