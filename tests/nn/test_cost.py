@@ -1,0 +1,74 @@
+"""What the fused paths may cost, counted: operations, and tensors as large as the input. No timing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ilmconvert.nn import ILMNorm, Standardization
+
+
+class Count(TorchDispatchMode):
+    """Operations, and storages at least as large as those of the given tensors, beside these."""
+
+    def __init__(self, *given: Tensor) -> None:
+        super().__init__()
+        self._bytes = given[0].untyped_storage().nbytes()
+        self._seen = {x.untyped_storage().data_ptr() for x in given}
+        self._alive: list[Tensor] = []  # addresses are used again once a tensor is gone
+        self.operations = self.large = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.operations += 1
+        for value in tree_leaves(out):
+            if isinstance(value, Tensor) and value.untyped_storage().nbytes() >= self._bytes:
+                pointer = value.untyped_storage().data_ptr()
+                self.large += pointer not in self._seen
+                self._seen.add(pointer)
+                self._alive.append(value)
+        return out
+
+
+def count(module: nn.Module, x: Tensor) -> tuple[Count, Count]:
+    """Of the forward and of the backward pass."""
+    x = x.requires_grad_()
+    with Count(x) as forward:
+        y = module(x)
+    grad = torch.ones_like(y)
+    with Count(grad, x) as backward:
+        torch.autograd.grad(y, [x, *module.parameters()], grad)
+    return forward, backward
+
+
+TOKEN = Standardization(layout="token")
+CASES = {  # base norm, arguments, input, large tensors in backward
+    "sample": (nn.GroupNorm(8, 64), {"num_groups": 8}, (4, 64, 16, 16), 1),
+    "gains": (nn.GroupNorm(8, 64), {"num_groups": 8, "gains": True, "standardized_keys": True}, (4, 64, 16, 16), 1),
+    "token": (nn.LayerNorm(64), {"standardization": TOKEN}, (8, 49, 64), 2),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_normalised_copy_and_few_operations(case: str) -> None:
+    base, arguments, shape, large = CASES[case]
+    forward, backward = count(ILMNorm(64, **arguments), torch.randn(shape))
+    assert forward.large == count(base, torch.randn(shape))[0].large == 1  # the output alone
+    assert backward.large <= large  # the gradient; tokens need one more to weigh it
+    assert forward.operations <= 60
+    assert backward.operations <= 100
+
+
+def test_a_silent_predictor_adds_a_look_at_the_weights_only() -> None:
+    layer, x = ILMNorm(64, 8), torch.randn(4, 64, 16, 16)
+    with torch.no_grad(), Count(x) as silent:
+        layer(x)
+    with torch.no_grad(), Count(x) as base:
+        nn.GroupNorm(8, 64)(x)
+    assert silent.large == base.large == 1
+    assert silent.operations - base.operations <= 12
