@@ -50,11 +50,19 @@ class Call:
 
 @dataclass
 class Calls:
-    """Everything that runs, by path in execution order, and what torch.fx could not follow."""
+    """Everything that runs.
+
+    Attributes:
+        found: by path, in execution order.
+        untraced: what torch.fx could not follow, with the reason.
+        graphs: the graph of each piece that it could, by the module's path.
+        names: paths of the function calls in these graphs.
+    """
 
     found: dict[str, Call] = field(default_factory=dict)
     untraced: dict[str, str] = field(default_factory=dict)
-    traced: set[str] = field(default_factory=set)
+    graphs: dict[str, fx.Graph] = field(default_factory=dict)
+    names: dict[fx.Node, str] = field(default_factory=dict)
 
 
 def read_calls(model: nn.Module, paths: dict[nn.Module, str]) -> Calls:
@@ -99,7 +107,7 @@ class _Reader:
             self.calls.untraced[path], graph = str(error), None
         if graph is None:
             return self._children(path, module, inputs)
-        self.calls.traced.add(path)
+        self.calls.graphs[path] = graph
         everything = _unique(inputs)
         given = dict(zip(names, inputs, strict=True)) if names is not None else {}
         return self._nodes(path, module, graph, given, everything)
@@ -114,7 +122,7 @@ class _Reader:
         """An untraced module is one node; the modules in it are traced as if it called each of them once."""
         result = self._again(path, inputs) if path in self.calls.untraced else _unique(inputs)
         for child in module.children():
-            if self.paths[child] not in self.calls.found and self.paths[child] not in self.calls.traced:
+            if self.paths[child] not in self.calls.found and self.paths[child] not in self.calls.graphs:
                 self.module(child, [result], None)
         return result
 
@@ -159,6 +167,7 @@ class _Reader:
         owner = owner_path(path, node)
         ordinal = self.ordinals[owner, name] = self.ordinals.get((owner, name), 0) + 1
         full = f"{owner}:{name}" + (f"#{ordinal}" if ordinal > 1 else "")
+        self.calls.names[node] = full
         self.calls.found[full] = Call(full, owner, name, _arguments(node), list(_unique(inputs)), 1)
         return (full,)
 

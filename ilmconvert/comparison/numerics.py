@@ -1,8 +1,9 @@
-"""Where two models part: both on the same inputs, the outputs of matched modules compared as they run.
+"""Where two models part: both on the same inputs, the results of matched modules and calls compared as they run.
 
 No more than a budget of activations is ever held: the first model runs and keeps what fits, the second runs and each
-output is compared and dropped at once; both run again for the next modules until all are compared. Inputs come in
-batches, over which only five sums for each module are kept::
+output is compared and dropped at once; both run again for the next ones until all are compared. Modules are seen by
+hooks, function calls in runs of their own along the traced graphs. Inputs come in batches, over which only a few sums
+for each node are kept::
 
     relative error = |a - b| / |a|        cosine = <a, b> / (|a| |b|)
 """
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ilmconvert.comparison.batches import Batches
+from ilmconvert.comparison.calls import Calls
+from ilmconvert.comparison.following import followed, traced_calls
 from ilmconvert.comparison.value import GraphDiff, Numbers, NumericsRun
 from ilmconvert.errors import IlmconvertError, UsageError
 from ilmconvert.graph.inputs import Inputs, first_tensor
@@ -30,6 +33,8 @@ __all__ = ["BUDGET", "measure"]
 BUDGET = 256 * 2**20  # bytes of activations held at a time
 
 Progress = Callable[[str, int, int], None]
+_Take = Callable[[int, list[Tensor]], None]
+_Run = Callable[[dict[str, int], Inputs, _Take, str], None]
 
 
 @dataclass
@@ -93,7 +98,7 @@ def measure(
     budget: int = BUDGET,
     progress: Progress | None = None,
 ) -> GraphDiff:
-    """Add figures to the matched modules of ``diff``.
+    """Add figures to the matched nodes of ``diff``.
 
     Args:
         diff: of the two models.
@@ -105,31 +110,35 @@ def measure(
     Raises:
         IlmconvertError: a model cannot be run on these inputs.
     """
-    indexes = [i for i, (row, (x, _)) in enumerate(zip(diff.rows, map(diff.nodes, diff.rows), strict=True))
-               if row.before is not None and row.after is not None and x is not None and x.kind != "call"]  # fmt: skip
-    sums = {i: _Sums() for i in indexes}
+    sums: dict[bool, dict[int, _Sums]] = {True: {}, False: {}}
+    for i, (row, (x, _)) in enumerate(zip(diff.rows, map(diff.nodes, diff.rows), strict=True)):
+        if row.before is not None and row.after is not None and x is not None:
+            sums[x.kind == "call"][i] = _Sums()
     models = [copy_model(m).eval() for m in (a, b)]
+    calls = [traced_calls(m) for m in models] if sums[True] else []
     samples = 0
     for number, batch in enumerate(batches.batches):
         if progress is not None:
             progress("comparing activations", number, 0)
         samples += _samples(batch)
-        _batch(diff, models[0], models[1], batch, sums, budget)
+        _batch(diff, [_by_hooks(m) for m in models], batch, sums[False], budget)
+        if calls:
+            _batch(diff, [_along(m, c) for m, c in zip(models, calls, strict=True)], batch, sums[True], budget)
     if not samples:
         raise UsageError(f"expected inputs to compare activations on, found none that can be read: {batches.words}")
     rows = list(diff.rows)
-    for i in indexes:
-        rows[i] = replace(rows[i], numbers=sums[i].numbers())
+    for i, found in (sums[False] | sums[True]).items():
+        rows[i] = replace(rows[i], numbers=found.numbers())
     return replace(diff, rows=tuple(rows), numerics=NumericsRun(batches.words, samples, batches.notes()))
 
 
 @torch.no_grad()
-def _batch(diff: GraphDiff, a: nn.Module, b: nn.Module, batch: Inputs, sums: dict[int, _Sums], budget: int) -> None:
+def _batch(diff: GraphDiff, runs: list[_Run], batch: Inputs, sums: dict[int, _Sums], budget: int) -> None:
     waiting = set(sums)
     while waiting:
         this = _Pass(budget, waiting)
         before = {diff.rows[i].before or "": i for i in waiting}
-        _run(a, before, batch, this.keep, diff.before.name)
+        runs[0](before, batch, this.keep, diff.before.name)
         seen = dict.fromkeys(this.held, 0)
 
         def compare(index: int, tensors: list[Tensor], this: _Pass = this, seen: dict[int, int] = seen) -> None:
@@ -138,7 +147,7 @@ def _batch(diff: GraphDiff, a: nn.Module, b: nn.Module, batch: Inputs, sums: dic
                 sums[index].note = _compare(sums[index], kept.pop(0) if kept else None, tensors)
                 seen[index] += 1
 
-        _run(b, {diff.rows[i].after or "": i for i in this.held}, batch, compare, diff.after.name)
+        runs[1]({diff.rows[i].after or "": i for i in this.held}, batch, compare, diff.after.name)
         for index, kept in this.held.items():
             if kept:
                 sums[index].note = f"the second runs it {seen[index]} times, the first {seen[index] + len(kept)}"
@@ -163,18 +172,43 @@ def _show(shapes: list[tuple[int, ...]]) -> str:
     return ", ".join(map(str, shapes)) or "none"
 
 
-def _run(
-    model: nn.Module, indexes: dict[str, int], batch: Inputs, take: Callable[[int, list[Tensor]], None], who: str
-) -> None:
+def _by_hooks(model: nn.Module) -> _Run:
+    """Run a model and hand over what modules return."""
+
+    def run(indexes: dict[str, int], batch: Inputs, take: _Take, who: str) -> None:
+        with ExitStack() as stack:
+            for path, index in indexes.items():
+
+                def hook(_: nn.Module, __: Any, output: Any, index: int = index) -> None:
+                    take(index, _floats(output))
+
+                stack.callback(model.get_submodule(path).register_forward_hook(hook).remove)
+            _run(model, batch, who)
+
+    return run
+
+
+def _along(model: nn.Module, calls: Calls) -> _Run:
+    """Run a model along its graphs and hand over what function calls return."""
+
+    def run(indexes: dict[str, int], batch: Inputs, take: _Take, who: str) -> None:
+        def seen(path: str, result: Any) -> None:
+            if path in indexes:
+                take(indexes[path], _floats(result))
+
+        with followed(model, calls, seen):
+            _run(model, batch, who)
+
+    return run
+
+
+def _floats(output: Any) -> list[Tensor]:
+    return [v for v in tree_leaves(output) if isinstance(v, Tensor) and v.is_floating_point()]
+
+
+def _run(model: nn.Module, batch: Inputs, who: str) -> None:
     like = first_tensor(model)
-    with ExitStack() as stack:
-        for path, index in indexes.items():
-
-            def hook(_: nn.Module, __: Any, output: Any, index: int = index) -> None:
-                take(index, [v for v in tree_leaves(output) if isinstance(v, Tensor) and v.is_floating_point()])
-
-            stack.callback(model.get_submodule(path).register_forward_hook(hook).remove)
-        stack.enter_context(torch.random.fork_rng(devices=[]))
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # models that draw random numbers draw the same
         try:
             batch.map(lambda t: _as(t, like))(model)

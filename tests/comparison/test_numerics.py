@@ -34,12 +34,15 @@ def pair() -> tuple[Small, Small]:
 
 def test_the_place_where_two_models_part_is_seen() -> None:
     a, b = pair()
-    found = numbers(ilmconvert.diff(a, b, numerics=torch.randn(2, 3, 8, 8)))
+    x = torch.randn(2, 3, 8, 8)
+    found = numbers(ilmconvert.diff(a, b, numerics=x))
     for path in ("stem", "stem.2", "blocks.0", "blocks.0.norm"):
         assert found[path] == Numbers(0.0, pytest.approx(1.0))
     assert found["blocks.1.conv"].relative_error > 0.1
     assert found[""].relative_error > 0
-    assert found[":mean"] is None
+    before, after = (model.blocks(model.stem(x)).mean((2, 3)) for model in (a, b))  # a function call
+    assert found[":mean"].relative_error == pytest.approx(((before - after).norm() / before.norm()).item(), rel=1e-5)
+    assert found["blocks.0:add"] == Numbers(0.0, pytest.approx(1.0))
 
 
 def test_figures_are_those_of_the_definition() -> None:

@@ -227,7 +227,7 @@ def test_details_and_graph_of_the_selected_block(browser: Any, pages: dict[str, 
 def test_the_chart_navigates(browser: Any, pages: dict[str, Path]) -> None:
     with Opened(browser, pages["numeric"]) as opened:
         page = opened.page
-        assert page.locator("#chart .bar").count() == page.evaluate("chart.rows.length") == 10
+        assert page.locator("#chart .bar").count() == page.evaluate("chart.rows.length") == 13
         box = page.locator("#chart").bounding_box()
         page.mouse.click(box["x"] + box["width"] - 3, box["y"] + 40)
         assert opened.selected() == "classifier"
