@@ -199,7 +199,7 @@ recovery_options = _all(
     ),
     click.option("--lr", type=float, default=2e-4, show_default=True, help="Highest learning rate of AdamW."),
     click.option(
-        "--meta-lr-scale", type=float, default=1.0, show_default=True, help="The same for meta parameters, relative."
+        "--meta-lr-scale", type=float, default=0.1, show_default=True, help="The same for meta parameters, relative."
     ),
     click.option(
         "--weight-decay", type=float, default=0.0, show_default=True, help="Of all but norms, biases, meta parameters."

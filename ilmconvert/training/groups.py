@@ -12,7 +12,9 @@ from ilmconvert.errors import UsageError
 from ilmconvert.nn import ILMNorm
 from ilmconvert.norms import find
 
-__all__ = ["parameter_groups"]
+__all__ = ["META_LR_SCALE", "parameter_groups"]
+
+META_LR_SCALE = 0.1  # measured in benchmarks/digits.py
 
 Kind = Literal["meta", "norm", "rest"]
 
@@ -22,7 +24,7 @@ def parameter_groups(
     *,
     lr: float,
     weight_decay: float = 0.0,
-    meta_lr_scale: float = 1.0,
+    meta_lr_scale: float = META_LR_SCALE,
     freeze: bool | str | Sequence[str] = False,
 ) -> list[dict[str, Any]]:
     """The trainable parameters of a model, each exactly once, in groups for any torch optimizer.
@@ -43,7 +45,8 @@ def parameter_groups(
         model: any model, converted or not, wrapped (DDP, FSDP) or not.
         lr: learning rate.
         weight_decay: of the group ``rest``.
-        meta_lr_scale: learning rate of the meta parameters, relative to ``lr``.
+        meta_lr_scale: learning rate of the meta parameters, relative to ``lr``. A predictor serves all channels of its
+            groups, so its gradients add up over them: with the learning rate of the rest it runs away.
         freeze: what to leave out: True for everything but the ILM layers, or shell patterns of parameter names. Such
             parameters stay as they are, whatever their ``requires_grad``.
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from ilmconvert.errors import UsageError
+from ilmconvert.training.groups import META_LR_SCALE
 
 __all__ = ["Precision", "RecoverOptions"]
 
@@ -51,7 +52,7 @@ class RecoverOptions:
     minutes: float | None = None
     batch_size: int = 32
     lr: float = 2e-4
-    meta_lr_scale: float = 1.0
+    meta_lr_scale: float = META_LR_SCALE
     weight_decay: float = 0.0
     warmup: float = 0.05
     clip: float = 1.0
