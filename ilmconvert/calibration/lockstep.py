@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from ilmconvert.graph.inputs import Inputs
+from ilmconvert.graph.shadow import shadow
 from ilmconvert.graph.tracer import TraceError, trace
 
 __all__ = ["Program", "Visit", "Walk", "Walks"]
@@ -79,12 +81,12 @@ class Program:
 
     def _traced(self, inputs: Inputs) -> fx.Graph | None:
         try:
-            graph = trace(self.model)
+            graph = trace(shadow(self.model, FakeTensorMode(allow_non_fake_inputs=True)))
             with torch.no_grad():
                 same = _equal(
                     inputs(self.model), fx.Interpreter(self.model, graph=graph).run(*self._bound(graph.nodes, inputs))
                 )
-        except (TraceError, TypeError, RuntimeError, ValueError, AssertionError):
+        except (TraceError, TypeError, RuntimeError, ValueError, AssertionError, AttributeError):
             return None  # the network itself is run instead
         return graph if same else None
 

@@ -105,6 +105,27 @@ def test_waiting_on_disk_changes_nothing(name: str) -> None:
         assert torch.equal(a, c)
 
 
+class Caching(nn.Module):
+    """Forward code that keeps what it sees, as position embeddings do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+        self.seen: object = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.seen is None:
+            self.seen = x.shape[0]
+        return self.norm(x)
+
+
+def test_tracing_leaves_nothing_on_the_model() -> None:
+    model = Caching().eval()
+    program = Program(model, ["norm"], Inputs((X,)))
+    assert program.prefix == ""
+    assert model.seen == len(X)
+
+
 def test_memory_between_stops_is_what_is_still_needed() -> None:
     model = nn.Sequential(*[layer for _ in range(6) for layer in (nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))]).eval()
     inputs = Inputs((torch.randn(2, 4, 32, 32),))
