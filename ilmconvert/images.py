@@ -35,7 +35,11 @@ class ImageBatches:
     broken: dict[Path, str] = field(default_factory=dict, compare=False)
 
     def __iter__(self) -> Iterator[Tensor]:
-        """Tensors ``(B, 3, H, W)`` of float32."""
+        """Tensors ``(B, 3, H, W)`` of float32.
+
+        Raises:
+            UsageError: not one of the files can be read.
+        """
         batch: list[Tensor] = []
         for file in self.files:
             if (image := self._read(file)) is not None:
@@ -45,6 +49,12 @@ class ImageBatches:
                 batch = []
         if batch:
             yield torch.stack(batch)
+        if self.files and self.broken.keys() >= set(self.files):
+            file = self.files[0]
+            raise UsageError(
+                f"expected images that can be read, but none of {len(self.files)} files can; the first is "
+                f"{str(file)!r}: {self.broken[file]}"
+            )
 
     def _read(self, file: Path) -> Tensor | None:
         if file in self.broken:

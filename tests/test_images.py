@@ -55,6 +55,13 @@ def test_order_limit_split_and_share(folder: Path) -> None:
     assert one.shape == (1, 3, 64, 64)
 
 
+def test_nothing_but_broken_files_is_an_error(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_text("no image")
+    with pytest.raises(UsageError, match=r"none of 2 files can; the first is .*png': cannot identify image file"):
+        list(image_batches(tmp_path, timm.create_model("test_resnet")))
+
+
 def test_one_clear_error(folder: Path, tmp_path: Path) -> None:
     model = timm.create_model("test_resnet")
     (tmp_path / "none").mkdir()
