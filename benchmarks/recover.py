@@ -19,6 +19,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 import ilmconvert
 from benchmarks.common import agreement, crops, lite0, photographs, write
+from ilmconvert.training.groups import META_LR_SCALE
 
 SIZE = 128
 HELD_OUT = 3  # photographs that are measured on only
@@ -48,7 +49,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=24)
     parser.add_argument("--augment", type=float, default=0.5)
     parser.add_argument("--features", type=float, default=0.0)
-    parser.add_argument("--meta-lr-scale", type=float, default=1.0)
+    parser.add_argument("--meta-lr-scale", type=float, default=META_LR_SCALE)
     parser.add_argument("--freeze", action="store_true")
     parser.add_argument("--bn-to", choices=["layer", "group", "instance"], default="layer")
     parser.add_argument("--paper", action="store_true")

@@ -81,4 +81,4 @@ def test_ci_runs_the_readmes_commands() -> None:
     commands = re.findall(r"```sh\n(python -m venv .*?)\n```", (ROOT / "README.md").read_text(encoding="utf-8"))
     assert len(commands) == 2
     assert "ilmconvert convert resnet18 --output resnet18-ilm" in commands[0]
-    assert commands[1].endswith("pytest")
+    assert commands[1].endswith("pytest -n 2")

@@ -49,7 +49,9 @@ def processes(options: RecoverOptions) -> Iterator[Accelerator]:
     try:
         with torch.random.fork_rng(devices):
             yield accelerator
+        accelerator.wait_for_everyone()  # who leaves early takes its connections along
     finally:
+        accelerator.free_memory()  # what holds on to the group goes before it
         if not grouped and several():
             distributed.destroy_process_group()
         if fresh:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,6 +15,9 @@ from ilmconvert.training.options import RecoverOptions
 from ilmconvert.training.processes import processes
 from ilmconvert.training.result import Evaluation, Recovery
 from ilmconvert.training.trainer import Listener, Trainer
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 __all__ = ["recover"]
 
@@ -78,9 +81,13 @@ def recover(
         raise UsageError("expected run_folder with resume=True: the folder of the run to go on with")
     data = open_images(images, converted, wanted, labels=labels, held_out=held_out_images)
     folder = None if run_folder is None else Path(run_folder)
-    with processes(wanted) as accelerator, torch.inference_mode(False), torch.enable_grad():
+
+    def train(accelerator: Accelerator) -> Recovery:
         listener = Listener(progress, on_evaluation) if accelerator.is_main_process else Listener()
         trainer = Trainer(accelerator, None if labels else original, converted, data, wanted, listener)
         if resume and folder is not None:
             trainer.resume(folder)
         return trainer.train(folder)
+
+    with processes(wanted) as accelerator, torch.inference_mode(False), torch.enable_grad():
+        return train(accelerator)
