@@ -21,7 +21,7 @@ def is_silent(x: Tensor, parameters: Parameters) -> bool:
 
     Only on the CPU: on other devices a look at the weights would wait for all work before it.
     """
-    if torch.is_grad_enabled() or not x.is_cpu or transformed(x):
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not x.is_cpu or transformed(x):
         return False
     return not (bool(parameters.scale_decoder.any()) or bool(parameters.shift_decoder.any()))
 

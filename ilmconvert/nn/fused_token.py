@@ -1,0 +1,167 @@
+"""Layer Norm over the last dimension with ILM's rescaling: an instance is one token of ``C`` channels.
+
+In eager mode torch's Layer Norm kernel applies weight and bias. What the predictor adds is constant over a key group of
+a token, so it is one multiply-add in place, ``y += x^ D_scale + D_shift``, and so is what it adds to the kernel's own
+gradient. With the group's sums ``P = sum(g x^)`` and ``S = sum(g)`` of a token, ``p = D_scale / sqrt(var + eps)`` and
+``a``, ``b`` as in :mod:`ilmconvert.nn.gradients`::
+
+    dx += p g + (a - r sum(p P) / C) x + (b - sum(p S) / C + r mean sum(p P) / C)         r = 1 / sqrt(var + eps)
+
+Under torch.compile the same is written as plain arithmetic, which inductor fuses with what surrounds it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ilmconvert.nn.functional import Config, Parameters
+from ilmconvert.nn.gradients import differentiable, key_slopes, split_saved
+from ilmconvert.nn.kernels import channel_moments, group_moments_of
+
+__all__ = ["token_ilm_norm"]
+
+
+def token_ilm_norm(x: Tensor, parameters: Parameters, config: Config) -> Tensor:
+    """ILM-Norm in layout ``token`` of ``(*, C)``, for a predictor in one block and without extensions."""
+    function = _Arithmetic if torch.compiler.is_compiling() else _Token
+    return function.apply(x.contiguous(), *parameters, config)  # type: ignore[no-any-return]
+
+
+class _Keys(NamedTuple):
+    """The key groups' moments ``(M, K)`` and what the predictor makes of them, for the scale and for the shift."""
+
+    mean: Tensor
+    var: Tensor
+    scale_hidden: Tensor
+    shift_hidden: Tensor
+    scale: Tensor
+    shift: Tensor
+
+    @classmethod
+    def of(cls, mean: Tensor, var: Tensor, meta: tuple[Tensor, ...]) -> _Keys:
+        """As :func:`ilmconvert.nn.functional.predict`, without stacking tensors as long as these."""
+        encoder, scale_decoder, shift_decoder = meta
+        scale_hidden, shift_hidden = (torch.mm(feature, encoder.t()).relu_() for feature in (var, mean))
+        scale = torch.mm(scale_hidden, scale_decoder.t() / 2).tanh_()
+        return cls(mean, var, scale_hidden, shift_hidden, scale, torch.mm(shift_hidden, shift_decoder.t()).tanh_())
+
+    def backward(self, d_scale: Tensor, d_shift: Tensor, meta: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """From gradients of the layer's scale and shift to those of variance and mean, and of encoder and decoders."""
+        encoder, scale_decoder, shift_decoder = meta
+        d_z, d_w = (
+            torch.ops.aten.tanh_backward(d, decoded) for d, decoded in ((d_scale, self.scale), (d_shift, self.shift))
+        )
+        d_scale_hidden = torch.ops.aten.threshold_backward(torch.mm(d_z, scale_decoder / 4), self.scale_hidden, 0)
+        d_shift_hidden = torch.ops.aten.threshold_backward(torch.mm(d_w, shift_decoder), self.shift_hidden, 0)
+        d_encoder = torch.mm(d_scale_hidden.t(), self.var) + torch.mm(d_shift_hidden.t(), self.mean)
+        return (
+            torch.mm(d_scale_hidden, encoder),
+            torch.mm(d_shift_hidden, encoder),
+            d_encoder,
+            torch.mm(d_z.t(), self.scale_hidden) / 4,
+            torch.mm(d_w.t(), self.shift_hidden),
+        )
+
+
+class _Token(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *parameters: Any) -> Tensor:
+        *tensors, config = parameters
+        weight, bias, *meta = tensors[:5]
+        (channels,) = config.shape
+        tokens, rows = x.view(-1, channels), x.view(-1, channels // config.num_key_groups)
+        mean, var = channel_moments(rows.view(len(tokens), config.num_key_groups, -1), 2)
+        keys = _Keys.of(mean, var, tuple(meta))
+        y, mu, rstd = torch.native_layer_norm(tokens, (channels,), weight, bias, config.how.eps)
+        slope = keys.scale * (rstd / 2)
+        offset = torch.addcmul(keys.shift, slope, mu, value=-1)
+        y.view_as(rows).addcmul_(rows, slope.view(-1, 1)).add_(offset.view(-1, 1))
+        ctx.config = config
+        ctx.save_for_backward(x, *tensors, mu, rstd, slope, *keys)
+        return torch.ops.aten._unsafe_view(y, x.shape)  # type: ignore[no-any-return]  # an activation may overwrite it
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        inputs, (mu, rstd, slope, *kept) = split_saved(ctx.saved_tensors)
+        if torch.is_grad_enabled():
+            return differentiable(ctx.config, inputs, grad)
+        x, weight, bias, *meta = inputs[:6]
+        keys, (channels,) = _Keys(*kept), ctx.config.shape
+        tokens, rows = x.view(-1, channels), x.view(-1, channels // ctx.config.num_key_groups)
+        g = grad.contiguous().view_as(tokens)
+        d_scale, d_shift = _key_sums(g, tokens, mu, rstd, ctx.config.num_key_groups)
+        d_var, d_mean, *d_meta = keys.backward(d_scale, d_shift, tuple(meta[:3]))
+        wanted = [True, weight is not None, bias is not None]
+        d_x, d_weight, d_bias = torch.ops.aten.native_layer_norm_backward(
+            g, tokens, (channels,), mu, rstd, weight, bias, wanted
+        )
+        a, b = key_slopes(d_var, d_mean, keys.mean, rows.shape[1], False)
+        first, second = ((slope * d).sum(1, keepdim=True) / channels for d in (d_shift, d_scale))
+        second.mul_(rstd)
+        b.add_(torch.addcmul(-first, second, mu))
+        a.sub_(second)
+        d_rows = d_x.view_as(rows)
+        d_rows.addcmul_(g.view_as(rows), slope.view(-1, 1)).addcmul_(rows, a.view(-1, 1)).add_(b.view(-1, 1))
+        return d_x.view_as(x), d_weight, d_bias, *d_meta, None, None, None, None, None
+
+
+def _key_sums(g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, keys: int) -> tuple[Tensor, Tensor]:
+    """``sum(g x^)`` and ``sum(g)`` of each key group of each token: two ``(M, K)``, in one pass over both.
+
+    They are what Group Norm's backward returns for scale and shift, a key group being a channel and a token a group.
+    """
+    m, channels = x.shape
+    rows = (1, m * keys, channels // keys)
+    _, products, sums = torch.ops.aten.native_group_norm_backward(
+        g.view(rows), x.view(rows), mean.view(1, m), rstd.view(1, m), None, *rows, m, [False, True, True]
+    )
+    return products.view(m, keys), sums.view(m, keys)
+
+
+class _Arithmetic(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *parameters: Any) -> Tensor:
+        *tensors, config = parameters
+        weight, bias, *meta = tensors[:5]
+        rows = x.view(-1, config.num_key_groups, config.shape[0] // config.num_key_groups)
+        mean = rows.mean(2)
+        var = (rows - mean.unsqueeze(2)).square().mean(2)  # over few values, twice is faster than once with a pivot
+        keys = _Keys.of(mean, var, tuple(meta))
+        mu, total = group_moments_of(mean, var, 1)
+        rstd = torch.rsqrt(total + config.how.eps)
+        standardized = (rows - mu.unsqueeze(2)) * rstd.unsqueeze(2)
+        y = _own(weight, rows, 1.0) * standardized + _own(bias, rows, 0.0)
+        y = y + (keys.scale / 2).unsqueeze(2) * standardized + keys.shift.unsqueeze(2)
+        ctx.config = config
+        ctx.save_for_backward(x, *tensors, mu, rstd, *keys)
+        return y.view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        inputs, (mu, rstd, *kept) = split_saved(ctx.saved_tensors)
+        x, weight, bias, *meta = inputs[:6]
+        keys, config = _Keys(*kept), ctx.config
+        rows = x.view(-1, config.num_key_groups, config.shape[0] // config.num_key_groups)
+        g, tokens = grad.reshape(rows.shape), x.view(len(rows), -1) - mu
+        flat = grad.reshape(tokens.shape)
+        d_scale, d_shift = (g * (rows - mu.unsqueeze(2))).sum(2) * rstd, g.sum(2)
+        d_var, d_mean, *d_meta = keys.backward(d_scale, d_shift, tuple(meta[:3]))
+        a, b = key_slopes(d_var, d_mean, keys.mean, rows.shape[2], False)
+        half, weighted = keys.scale / 2, flat if weight is None else flat * weight
+        first = (weighted.sum(1, keepdim=True) + (half * d_shift).sum(1, keepdim=True)) / tokens.shape[1]
+        second = (weighted * tokens).sum(1, keepdim=True) * rstd + (half * d_scale).sum(1, keepdim=True)
+        second = second * rstd / tokens.shape[1]
+        slope, offset = a - second * rstd, b - first * rstd + second * rstd * mu
+        own = _own(weight, rows, 1.0) + half.unsqueeze(2)
+        d_x = g * (rstd.unsqueeze(2) * own) + rows * slope.unsqueeze(2) + offset.unsqueeze(2)
+        d_weight = None if weight is None else (flat * tokens * rstd).sum(0)
+        d_bias = None if bias is None else flat.sum(0)
+        return d_x.view(x.shape), d_weight, d_bias, *d_meta, None, None, None, None, None
+
+
+def _own(parameter: Tensor | None, rows: Tensor, default: float) -> Tensor | float:
+    """A parameter as it meets ``(M, K, C / K)``."""
+    return default if parameter is None else parameter.view(rows.shape[1:])
