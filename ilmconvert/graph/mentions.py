@@ -35,7 +35,8 @@ def mentioned_norms(module: nn.Module) -> frozenset[str]:
         ['torch.nn.functional.layer_norm']
     """
     kept = (value.func if isinstance(value, partial) else value for value in vars(module).values())
-    return _of_class(type(module)) | _of_values(kept, _DEPTH)
+    cls: Any = type(module)  # Any: mypy does not take a class of modules for hashable
+    return _of_class(cls) | _of_values(kept, _DEPTH)
 
 
 @cache

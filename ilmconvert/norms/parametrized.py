@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ilmconvert.nn import ILMNorm
@@ -19,8 +19,8 @@ def own_parameters(module: nn.Module) -> int:
         >>> own_parameters(nn.LayerNorm(4)), own_parameters(weight_norm(nn.LayerNorm(4), dim=None))
         (8, 8)
     """
-    computed = (getattr(module, name).numel() for name in getattr(module, "parametrizations", ()))
-    return sum(p.numel() for p in module.parameters(recurse=False)) + sum(computed)
+    computed: list[Tensor] = [getattr(module, name) for name in getattr(module, "parametrizations", ())]
+    return sum(tensor.numel() for tensor in (*module.parameters(recurse=False), *computed))
 
 
 def move_parametrizations_(module: nn.Module, layer: ILMNorm, handler: NormHandler) -> None:
@@ -33,4 +33,4 @@ def move_parametrizations_(module: nn.Module, layer: ILMNorm, handler: NormHandl
         if layer.mode == "paper" or not handler.describe(module).preserves:
             raise ValueError(f"the {name} is parametrized, and its values are not those that the ILM layer starts with")
         parametrize.register_parametrization(layer, name, nn.Identity(), unsafe=True)
-        layer.parametrizations[name] = module.parametrizations[name]  # type: ignore[index,union-attr,operator]
+        getattr(layer, "parametrizations")[name] = getattr(module, "parametrizations")[name]  # noqa: B009
