@@ -54,7 +54,8 @@ def _bisect(names: list[str], guilty: Callable[[list[str]], bool]) -> list[str]:
 
 
 def _affine(layer: ILMNorm) -> list[nn.Parameter]:
-    return [p for p in (layer.weight, layer.bias) if p is not None]
+    """Scale and shift, where they are parameters and not computed."""
+    return [p for name in ("weight", "bias") if (p := layer._parameters.get(name)) is not None]
 
 
 @contextmanager

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._pytree import tree_flatten
 
 from ilmconvert.errors import IlmconvertError, UsageError
@@ -192,7 +193,10 @@ def _shapes(before: list[Tensor], after: list[Tensor]) -> Check:
 def _silent_layers(original: nn.Module, converted: nn.Module, inputs: Inputs) -> Check:
     """ILM layers that never run although the norm they replaced does: the model's code goes around them."""
     layers = {name: m for name, m in converted.named_modules() if isinstance(m, ILMNorm)}
-    before = _called(copy_model(original).eval(), set(layers), inputs)
+    with _all_that_run() as ran:
+        before = _called(copy_model(original).eval(), set(layers), inputs)
+    # a closure that a copy cannot take along goes on calling the norm of the model it was made in
+    before |= {name for name, m in original.named_modules() if name in layers and m in ran}
     after = _called(converted, set(layers), inputs)
     bypassed = sorted(before - after)
     idle = len(layers) - len(after)
@@ -242,6 +246,17 @@ def _moves_output(model: nn.Module, norm: nn.Module, inputs: Inputs) -> bool:
             parameter.add_(torch.rand_like(parameter) + 0.5)
 
     return moves(model, inputs, parameters, change)
+
+
+@contextmanager
+def _all_that_run() -> Iterator[set[nn.Module]]:
+    """Every module that is called meanwhile, in whatever model."""
+    ran: set[nn.Module] = set()
+    handle = register_module_forward_pre_hook(lambda module, _: ran.add(module))
+    try:
+        yield ran
+    finally:
+        handle.remove()
 
 
 def _called(model: nn.Module, names: set[str], inputs: Inputs) -> set[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 import timm
@@ -12,6 +14,7 @@ from timm.utils import reparameterize_model
 
 import ilmconvert
 from ilmconvert.errors import ModelError
+from ilmconvert.folding import _METHODS
 from tests.helpers import relative
 
 
@@ -32,3 +35,25 @@ def test_converted_model_still_pickles() -> None:
     converted = ilmconvert.convert(timm.create_model("repvit_m0_9")).model
     with pytest.raises(ModelError, match=r"RepVit\.fuse"):
         pickle.loads(pickle.dumps(converted)).fuse()
+
+
+FOLDING = [  # one model for each file of timm that has such a method
+    *("efficientvim_m1", "efficientvit_m0", "fastvit_t8", "ghostnetv3_050", "iformer_t", "lcnetv2_small", "levit_128s"),
+    *("mobileone_s0", "nextvit_small", "repghostnet_050", "repvit_m0_9", "shvit_s1", "tiny_vit_5m_224"),
+]
+
+
+def test_every_file_of_timm_that_folds_has_a_model_here() -> None:
+    method = re.compile(rf"^    def ({'|'.join(_METHODS)})\(", re.MULTILINE)
+    folder = Path(timm.models.__file__).parent
+    files = {file.stem for file in folder.glob("*.py") if method.search(file.read_text(encoding="utf-8"))}
+    assert {timm.model_entrypoint(name).__module__.rpartition(".")[2] for name in FOLDING} == files
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FOLDING)
+def test_folding_is_refused_wherever_timm_can(name: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    with pytest.raises(ModelError, match="expected Batch Norm to fold in"):
+        reparameterize_model(ilmconvert.convert(model).model)

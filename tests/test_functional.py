@@ -182,3 +182,80 @@ def test_plan_of_other_code_is_refused() -> None:
     plan = ilmconvert.inspect(Owner(CALLS["layer"][0]), example_inputs=torch.randn(TOKENS)).plan
     with pytest.raises(PlanError, match="expected the forward of"):
         ilmconvert.apply_plan(Owner(CALLS["rms"][0]), plan)
+
+
+SHAPES: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "slice": lambda m, x: F.layer_norm(x, x.shape[-1:], m.gamma, m.beta),
+    "size": lambda m, x: F.layer_norm(x, [x.size(-1)], m.gamma),
+    "of the weight": lambda m, x: torch.layer_norm(x, m.gamma.shape, m.gamma),
+    "rms": lambda m, x: F.rms_norm(x, (x.shape[-1],), m.gamma),
+}
+
+
+@pytest.mark.parametrize("how", SHAPES)
+def test_normalized_shape_taken_from_the_input_is_the_weights(how: str) -> None:
+    owner, x = Owner(SHAPES[how]).eval(), torch.randn(TOKENS)
+    conversion = ilmconvert.convert(owner, example_inputs=x)
+    (decision,) = conversion.report.converted
+    assert decision.site.spec.shape == (C,)
+    for mode in (True, False):
+        assert relative(owner.train(mode)(x), conversion.model.train(mode)(x)) < 1e-6
+    assert same_state(conversion.revert(), owner)
+
+
+class Branch(nn.Module):
+    """Goes one of two ways by value, where neither torch.fx nor a run on fake tensors can follow."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 1e9:
+            return x
+        return self.inner(x)
+
+
+class BehindBranch(nn.Module):
+    """Its own call stands behind a branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.rand(C) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return helped(x, self.gamma) if x.sum() < 1e9 else x
+
+
+def helped(x: Tensor, gamma: Tensor) -> Tensor:
+    return F.rms_norm(x, (C,), gamma)
+
+
+def test_call_in_a_child_behind_a_branch_is_converted() -> None:
+    model, x = Branch(Owner(CALLS["layer"][0])).eval(), torch.randn(TOKENS)
+    conversion = ilmconvert.convert(model, example_inputs=x)
+    assert [d.path for d in conversion.report.converted] == ["inner:layer_norm_gamma"]
+    assert conversion.report.skipped == ()
+    assert relative(model(x), conversion.model(x)) < 1e-6
+    assert ilmconvert.verify(model, conversion.model, x).passed
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["root", "child"])
+def test_call_that_nothing_can_follow_is_reported(inside: bool) -> None:
+    model = Branch(BehindBranch()) if inside else BehindBranch()
+    (decision,) = ilmconvert.inspect(model, example_inputs=torch.randn(TOKENS)).skipped
+    assert decision.path == ("inner:" if inside else "") + "torch.nn.functional.rms_norm"
+    assert decision.code == "functional"
+    assert "torch.fx cannot follow the module that makes the call" in decision.reason
+
+
+def test_mention_that_does_not_run_is_none() -> None:
+    class Never(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + 1
+
+        def unused(self, x: Tensor) -> Tensor:
+            return F.layer_norm(x, (C,))
+
+    for given in (torch.randn(TOKENS), None):
+        assert ilmconvert.inspect(nn.Sequential(Never(), nn.LayerNorm(C)), example_inputs=given).skipped == ()

@@ -54,6 +54,21 @@ def test_branch_on_the_norms_class_is_found() -> None:
     assert not found["layers move the output"]
 
 
+def test_closure_over_the_norm_is_found() -> None:
+    class Closure(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            norm = self.norm = nn.LayerNorm(16)
+            self.call = lambda x: norm(x)  # a copy of the model goes on calling this model's norm
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.call(x)
+
+    model = Closure()
+    result = ilmconvert.verify(model, ilmconvert.convert(model, example_inputs=X).model, X)
+    assert [(c.name, c.detail) for c in result.checks if c.passed is False] == [("layers run", "bypassed: norm")]
+
+
 def test_fused_kernel_that_reads_the_weights_is_found() -> None:
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
     x = torch.randn(2, 5, 16)

@@ -212,7 +212,15 @@ def _is_attribute(value: Any) -> TypeGuard[fx.Node]:
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
-    """The call's arguments by name, defaults filled in."""
+    """The call's arguments by name, defaults filled in; a ``normalized_shape`` taken from the input is its weight's."""
+    arguments = _bound_arguments(node)
+    computed = any(isinstance(v, fx.Node) for v in _flat(arguments.get("normalized_shape")))
+    if computed and any(_is_attribute(arguments.get(slot)) for slot in ("weight", "bias")):
+        arguments["normalized_shape"] = None
+    return arguments
+
+
+def _bound_arguments(node: fx.Node) -> dict[str, Any]:
     function = function_name(node)
     names = (*_BUILTINS.get(function, ()), *_TAILS.get(function, ()))
     if names:
@@ -297,7 +305,7 @@ def as_module(found: FoundCall, owner: nn.Module, channels: int | None) -> nn.Mo
     width = channels if known is None else known.numel()
     kind, constants = found.function.rpartition(".")[2], found.constants
     if kind in ("layer_norm", "rms_norm"):
-        made: nn.Module | Refusal = _last_dimensions(kind, constants)
+        made: nn.Module | Refusal = _last_dimensions(kind, constants, None if known is None else known.shape)
     elif width is None:
         return Refusal("functional", "it has no parameters and no input is known, so neither is its width: give inputs")
     else:
@@ -309,8 +317,9 @@ def as_module(found: FoundCall, owner: nn.Module, channels: int | None) -> nn.Mo
     return made.train(owner.training)
 
 
-def _last_dimensions(kind: str, constants: Mapping[str, Any]) -> nn.Module:
-    shape = tuple(int(length) for length in _flat(constants["normalized_shape"]))
+def _last_dimensions(kind: str, constants: Mapping[str, Any], of_weight: Sequence[int] | None) -> nn.Module:
+    given = constants["normalized_shape"]
+    shape = tuple(int(length) for length in _flat(of_weight if given is None else given))
     if kind == "rms_norm":
         return nn.RMSNorm(shape, eps=constants["eps"], elementwise_affine=False)
     return nn.LayerNorm(shape, eps=constants["eps"], elementwise_affine=False)

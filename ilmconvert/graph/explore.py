@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 
 from torch import fx, nn
 
+from ilmconvert.graph.mentions import mentioned_norms
 from ilmconvert.graph.tracer import FUNCTIONAL_NORMS, TraceError, harmless_read, trace
+from ilmconvert.norms import find
 
 __all__ = ["Exploration", "owner_path"]
 
@@ -74,8 +76,11 @@ class Exploration:
     def _children(self, path: str, module: nn.Module) -> None:
         for name, child in module.named_children():
             inner = f"{path}.{name}" if path else name
-            if self._missing(child):
+            if self._missing(child) or self._may_call_norms(child):
                 self._piece(inner, child, f"inside {inner}")
+
+    def _may_call_norms(self, module: nn.Module) -> bool:
+        return any(mentioned_norms(m) and find(m) is None for m in module.modules())
 
     def _node(self, path: str, root: nn.Module, node: fx.Node, how: str) -> None:
         if node.op == "call_function" and node.target in FUNCTIONAL_NORMS:

@@ -17,6 +17,7 @@ from ilmconvert.graph.calls import (
     function_name,
 )
 from ilmconvert.graph.explore import Exploration
+from ilmconvert.graph.mentions import mentioned_norms
 from ilmconvert.graph.run import Run, Shapes
 from ilmconvert.graph.tracer import TraceError
 from ilmconvert.norms import Entry, NormSpec, Refusal, find
@@ -64,6 +65,8 @@ def functional_norms(model: nn.Module, exploration: Exploration, run: Run) -> tu
     for owner, node, _ in exploration.functional:
         nodes.setdefault(owner, []).append(node)
     owners = dict.fromkeys([*nodes, *(call.owner for call in run.functional)])
+    if not run.completed:
+        owners |= dict.fromkeys(_mentioning(model, exploration))
     seen: set[nn.Module] = set()
     result: list[FunctionalNorm] = []
     for owner in owners:
@@ -74,11 +77,17 @@ def functional_norms(model: nn.Module, exploration: Exploration, run: Run) -> tu
     return tuple(result)
 
 
+def _mentioning(model: nn.Module, exploration: Exploration) -> Iterator[str]:
+    """Modules whose code names a norm function: without a run to its end, it is not known whether they call it."""
+    inside = {m for norm in exploration.norms for m in norm.modules()}
+    return (path for path, m in model.named_modules() if m not in inside and mentioned_norms(m))
+
+
 def _of_owner(
     owner: str, module: nn.Module, nodes: list[fx.Node], run: Run, exploration: Exploration
 ) -> Iterator[FunctionalNorm]:
     ran = {call: shapes for call, shapes in run.functional.items() if call.owner == owner}
-    how = "graph" if nodes else "run"
+    how = "graph" if nodes else "run" if ran else "walk"
     try:
         found = find_calls(module, {c.function: len(shapes[0]) for c, shapes in ran.items() if shapes})
     except TraceError as error:
@@ -143,7 +152,10 @@ def _untraced(owner: str, module: nn.Module, nodes: list[fx.Node], run: Run, err
         yield _refused(owner, module, function, from_attributes(x), "graph", why, name=node.name)
     for call in run.functional:
         if call.owner == owner and call.function not in functions:
+            functions.add(call.function)
             yield _refused(owner, module, call.function, call.on_weight, "run", why, call.reads)
+    for function in sorted(mentioned_norms(module) - functions) if not run.completed else ():
+        yield _refused(owner, module, function, False, "walk", why)
 
 
 def _refused(

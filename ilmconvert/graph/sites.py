@@ -15,6 +15,7 @@ from ilmconvert.graph.inputs import Inputs
 from ilmconvert.graph.run import Run, record_run
 from ilmconvert.graph.shadow import refuse_opaque, shadow
 from ilmconvert.norms import Entry, NormSpec, Refusal, class_name, find
+from ilmconvert.norms.parametrized import own_parameters
 
 __all__ = ["Site", "SiteSearch", "find_sites", "norm_paths"]
 
@@ -167,7 +168,7 @@ def _site(
         family=entry.handler.family if entry else None,
         spec=entry.handler.describe(module) if entry else None,
         refusal=found if isinstance(found, Refusal) else None,
-        parameters=sum(p.numel() for p in module.parameters(recurse=False)),
+        parameters=own_parameters(module),
         training=module.training,
         found=exploration.found.get(module) or ("run" if shapes else "walk"),
         calls=calls,

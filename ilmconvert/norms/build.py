@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ilmconvert.nn import ILMNorm, ILMNormAct
 from ilmconvert.nn.ilm_norm import Mode
+from ilmconvert.norms.parametrized import move_parametrizations_
 from ilmconvert.norms.registry import NormHandler
 
 __all__ = ["Target", "build_ilm"]
@@ -74,6 +75,7 @@ def build_ilm(module: nn.Module, handler: NormHandler, target: Target, *, like: 
         dtype=None if own is None else own.dtype,
     )
     _copy_affine(module, layer, handler)
+    move_parametrizations_(module, layer, handler)
     handler.set_predictor_(module, layer)
     _copy_flags(module, layer)
     if spec.has_act:

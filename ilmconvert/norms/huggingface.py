@@ -117,7 +117,8 @@ _EITHER_FORMAT = _names(
 )
 _CHANNELS_FIRST = _names(
     """
-    eomt.EomtLayerNorm2d eomt_dinov3.EomtDinov3LayerNorm2d videomt.VideomtLayerNorm2d
+    eomt.EomtLayerNorm2d eomt_dinov3.EomtDinov3LayerNorm2d squeezebert.SqueezeBertLayerNorm
+    videomt.VideomtLayerNorm2d
     """
 )
 
@@ -177,7 +178,7 @@ class HuggingFaceLayer(Layer):
 
 @register(*_CHANNELS_FIRST)
 class HuggingFaceLayer2d(Layer):
-    """Layer Norm over the channels of each position of ``(N, C, H, W)``."""
+    """Layer Norm over the channels of each position of ``(N, C, H, W)`` or ``(N, C, L)``."""
 
     layout = "position"
 

@@ -55,6 +55,7 @@ class Layer(NormHandler):
     f"{_TIMM}.LayerNormExp2d",
     f"{_META}.LayerNorm2dNoBias",
     "torchvision.models.convnext.LayerNorm2d",
+    "segmentation_models_pytorch.decoders.upernet.decoder.LayerNorm2d",
     f"{_FUSED}.LayerNormAct2d",
     f"{_FUSED}.LayerNormAct2dFp32",
 )

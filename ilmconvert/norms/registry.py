@@ -162,9 +162,16 @@ def _accept(module: nn.Module, cls: type, entry: Entry) -> Entry | Refusal:
             "register the class with ilmconvert.norms.register to convert it",
         )
     computed = [name for name in ("weight", "bias") if isinstance(vars(module).get(name), Tensor)]
-    if computed or hasattr(module, "parametrizations"):
+    if computed or (hasattr(module, "parametrizations") and not _movable(module, entry.handler)):
         return Refusal("parametrized", "its weight or bias is computed (parametrized, pruned or weight-normalized)")
     return entry
+
+
+def _movable(module: nn.Module, handler: NormHandler) -> bool:
+    """Whether a parametrized norm's ILM layer can compute its scale and shift likewise: they must be the norm's own."""
+    names = set(module.parametrizations)  # type: ignore[arg-type]
+    own = type(handler).affine is NormHandler.affine and handler.describe(module).preserves
+    return own and names <= {"weight", "bias"}
 
 
 def _suspect(module: nn.Module) -> Refusal | None:

@@ -42,7 +42,8 @@ class Record:
         trained: ILM layers that ran in training mode and all of whose own parameters got a gradient.
         ran: ILM layers that ran in training mode.
         difference: relative difference of the outputs in evaluation mode (real tensors).
-        seconds: of each step: build, convert, check.
+        finite: whether outputs and gradients are (real tensors); None if it was not looked at.
+        seconds: processor time of each step: build, convert, check.
         memory: peak of the process so far, in MB.
     """
 
@@ -68,6 +69,7 @@ class Record:
     trained: int = 0
     ran: int = 0
     difference: float | None = None
+    finite: bool | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     memory: int = 0
 
@@ -83,7 +85,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Session:
-    """One run of the survey: how long it took, its peak memory, and what it ran with."""
+    """One run of the survey: how long it took, its peak memory, what it ran with, and the command that asks for it."""
 
     libraries: tuple[str, ...]
     tensors: Tensors
@@ -92,6 +94,7 @@ class Session:
     wall_seconds: float
     peak_memory: int
     versions: dict[str, str] = field(default_factory=dict)
+    command: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import platform
 import random
+import shlex
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -61,6 +62,23 @@ class SurveyOptions:
     def tensors(self) -> Tensors:
         """The kind of tensors asked for."""
         return "real" if self.real else "meta"
+
+    @property
+    def command(self) -> str:
+        """What asks for the same on the command line.
+
+        Example:
+            >>> SurveyOptions(patterns=("vit_*",), real=True, max_parameters=60_000_000).command
+            "ilmconvert survey 'vit_*' --real --max-parameters 60000000"
+        """
+        defaults, words = SurveyOptions(), [*map(shlex.quote, self.patterns)]
+        if self.libraries != defaults.libraries:
+            words += [f"--library {name}" for name in self.libraries]
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if each.name not in ("libraries", "patterns") and value != getattr(defaults, each.name):
+                words.append(f"--{each.name.replace('_', '-')}" + ("" if value is True else f" {value}"))
+        return " ".join(["ilmconvert survey", *words])
 
     def models(self) -> list[tuple[str, str]]:
         """(library, name) of every model meant.
@@ -161,4 +179,5 @@ def _session(options: SurveyOptions, models: int, seconds: float, peak: int) -> 
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return Session(options.libraries, options.tensors, options.jobs, models, round(seconds, 1), peak, versions)
+    wall = round(seconds, 1)
+    return Session(options.libraries, options.tensors, options.jobs, models, wall, peak, versions, options.command)

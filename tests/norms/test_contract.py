@@ -11,6 +11,7 @@ import timm.layers as tl
 import timm.models.metaformer as metaformer
 import torch
 import torchvision
+from segmentation_models_pytorch.decoders.upernet.decoder import LayerNorm2d as UpernetLayerNorm2d
 from timm.layers.grn import GlobalResponseNorm
 from timm.layers.norm import LayerNormExp2d, RmsNorm2dFp32, SimpleNorm2dFp32, SimpleNormFp32
 from timm.layers.norm_act import (
@@ -65,6 +66,7 @@ CASES: list[tuple[Callable[..., nn.Module], tuple[int, ...]]] = [
     (partial(LayerNormExp2d, C), IMAGE),
     (partial(metaformer.LayerNorm2dNoBias, C), IMAGE),
     (partial(TorchvisionLayerNorm2d, C), IMAGE),
+    (partial(UpernetLayerNorm2d, C), IMAGE),
     (partial(tl.LayerNormAct2d, C, **GELU), IMAGE),
     (partial(LayerNormAct2dFp32, C, **GELU), IMAGE),
     (partial(nn.RMSNorm, C), TOKENS),
@@ -212,7 +214,7 @@ def test_hooks_move_along() -> None:
         (nn.LocalResponseNorm(2), "not-a-standardization"),
         (type("MyBatchNorm", (nn.BatchNorm2d,), {"forward": lambda self, x: x})(4), "custom-forward"),
         (type("SomeNorm", (nn.Module,), {})(), "unknown-norm"),
-        (nn.utils.parametrizations.weight_norm(nn.LayerNorm(4), dim=None), "parametrized"),
+        (nn.utils.parametrizations.weight_norm(nn.BatchNorm2d(4), dim=None), "parametrized"),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )

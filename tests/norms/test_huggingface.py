@@ -25,6 +25,7 @@ SOME = [  # one for each way of writing it
     "detr.modeling_detr.DetrFrozenBatchNorm2d",
     "convnextv2.modeling_convnextv2.ConvNextV2LayerNorm",
     "eomt.modeling_eomt.EomtLayerNorm2d",
+    "squeezebert.modeling_squeezebert.SqueezeBertLayerNorm",
 ]
 
 
@@ -35,6 +36,8 @@ def made(name: str) -> tuple[nn.Module, tuple[int, ...]]:
     image = (cls.endswith(("2d", "LayerNorm")) and issubclass(kind, nn.LayerNorm)) or "FrozenBatch" in cls
     given = {"data_format": "channels_first"} if "data_format" in inspect.signature(kind.__init__).parameters else {}
     norm = randomize_norms(kind(C, **given)).eval()
+    if cls == "SqueezeBertLayerNorm":
+        return norm, (3, C, 5)
     return norm, (2, C, 6, 5) if image else (3, 5, C)
 
 

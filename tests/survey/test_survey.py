@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import timm
+import torch
 from torch import nn
 
 from ilmconvert.errors import CheckpointError, IlmconvertError, OutputExistsError, UsageError
+from ilmconvert.graph import Inputs
 from ilmconvert.survey import Record, SurveyOptions, coverage_page, read_log, run_survey, write_page
 from ilmconvert.survey.examine import Task, examine
 from ilmconvert.survey.libraries import library
@@ -38,8 +43,12 @@ def test_real_tensors_are_compared() -> None:
     assert record.exact
     assert record.difference is not None
     assert record.difference < 1e-5
-    assert task("test_efficientnet", real=True).status == "ok"
-    assert task("test_efficientnet", real=True, exact_only=True).status == "left out"
+    assert record.finite is True
+    assert task("test_efficientnet", real=True).finite is True
+    assert task("test_efficientnet").finite is None
+    left = task("test_efficientnet", real=True, exact_only=True)
+    assert left.status == "left out"
+    assert min(left.seconds["build"], left.seconds["convert"]) > 0
     assert "more than the 1,000" in task("test_vit", real=True, max_parameters=1000).reason
 
 
@@ -69,6 +78,28 @@ def test_norm_that_the_search_misses_is_unaccounted(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("ilmconvert.survey.libraries.of_timm.build", build)
     record = task("test_vit")
     assert (record.status, record.unaccounted) == ("failed", ("norm.1",))
+
+
+def test_layer_that_loses_its_gradients_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Bypassing(nn.Module):
+        """Takes another way around the second norm when it is no LayerNorm; nothing uses what the third returns."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.third = nn.LayerNorm(4), nn.LayerNorm(4), nn.LayerNorm(4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.first(x)
+            self.third(x)
+            y = self.second(x)
+            return y if isinstance(self.second, nn.LayerNorm) else x
+
+    made = Inputs((torch.zeros(2, 4, device="meta"),))
+    monkeypatch.setattr("ilmconvert.survey.libraries.of_timm.build", lambda name: Bypassing())
+    monkeypatch.setattr("ilmconvert.survey.libraries.of_timm.inputs", lambda *_, **__: made)
+    record = task("test_vit")
+    assert (record.ran, record.trained) == (3, 1)
+    assert record.problems == ("layers without gradients, whose norms had some: second",)
 
 
 def test_walk_knows_norms_by_class_and_name() -> None:
@@ -117,7 +148,9 @@ def test_survey_is_resumed(tmp_path: Path) -> None:
     options = SurveyOptions(patterns=("test_vit", "test_mambaout"), jobs=2)
     first = run_survey(options, file)
     assert {r.name: r.status for r in first.records} == {"test_vit": "ok", "test_mambaout": "ok"}
-    assert len(first.sessions) == 1
+    (session,) = first.sessions
+    assert session.command == "ilmconvert survey test_vit test_mambaout --jobs 2"
+    assert f"{session.command} --output FILE --markdown PAGE" in coverage_page(first)
     lines = file.read_text().splitlines()
     cut = next(line for line in lines if '"test_vit"' in line)
     file.write_text(cut + "\n" + '{"library": "timm", "na')  # interrupted while writing
@@ -128,6 +161,42 @@ def test_survey_is_resumed(tmp_path: Path) -> None:
     assert {r.name for r in again.records} == {"test_vit", "test_mambaout"}
     with pytest.raises(OutputExistsError, match="--resume"):
         run_survey(options, file)
+
+
+def children(pid: int) -> list[int]:
+    return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def alive(pid: int) -> bool:
+    file = Path(f"/proc/{pid}/stat")
+    return file.exists() and file.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_survey_goes_on_after_its_own_process_was_killed(tmp_path: Path) -> None:
+    file, names = tmp_path / "survey.jsonl", ("test_vit", "test_mambaout", "test_efficientnet", "test_resnet")
+    command = [sys.executable, "-m", "ilmconvert", "survey", *names, "--output", str(file)]
+    parent = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: file.exists() and file.read_text().count("\n") > 0, 240)
+    workers = children(parent.pid)
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: not any(map(alive, workers)), 30)
+    before = {r.name for r in read_log(file).records}
+    assert 1 <= len(before) < len(names)
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    log = read_log(file)
+    assert {r.name: r.status for r in log.records} == dict.fromkeys(names, "ok")
+    assert [s.models for s in log.sessions] == [len(names) - len(before)]
+
+
+def wait_for(holds: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_failed_models_are_run_again_on_resume(tmp_path: Path) -> None:
@@ -149,14 +218,17 @@ def test_records_survive_a_round_trip(tmp_path: Path) -> None:
 def test_page_adds_up_and_replaces_only_itself(tmp_path: Path) -> None:
     records = [
         Record("timm", "a", "real", "ok", model="A", norms=3, converted={"LayerNorm": 3}, exact=True, whole=True,
-               difference=2e-7, seconds={"build": 1.0, "convert": 0.5, "check": 1.0}),
+               difference=2e-7, finite=True, seconds={"build": 1.0, "convert": 0.5, "check": 1.0}),
         Record("timm", "b", "meta", "failed", reason="boom", model="B", norms=2, skipped={"GRN: why": 2}, untraced=1),
-        Record("timm", "c", "meta", "left out", reason="too large"),
+        Record("timm", "c", "real", "left out", reason="12,345 parameters, more than the 10 asked for"),
+        Record("timm", "d", "real", "left out", reason="inexact", seconds={"build": 1.0, "convert": 2.5}),
     ]  # fmt: skip
     rows = dict(Totals(records).rows())
     assert rows["models: all checks passed, of all"] == "1 of 2"
     assert rows["of those run with real tensors, equal within 1e-5"] == "1 of 1 (worst 2.0e-07)"
-    assert rows["time to convert over time to build (real tensors)"] == "median 0.50, worst 0.50"
+    assert rows["time to convert over time to build (real tensors)"] == "median 1.50, worst 2.50 of 2 models"
+    assert rows["run with real tensors: outputs and gradients finite"] == "1 of 1"
+    assert rows["not taken: more parameters than the 10 asked for"] == "1"
     append(tmp_path / "log", records)
     log = read_log(tmp_path / "log")
     page = tmp_path / "page.md"
@@ -203,6 +275,7 @@ def test_libraries_name_their_models() -> None:
         ("torchvision", "resnet18"),
         ("torchvision", "raft_small"),
         ("torchvision", "mc3_18"),
+        ("torchvision", "regnet_x_400mf"),
         ("torchvision", "lraspp_mobilenet_v3_large"),
         ("torchvision", "quantized_mobilenet_v3_large"),
         ("torchvision", "ssdlite320_mobilenet_v3_large"),

@@ -6,11 +6,14 @@ Detection models choose boxes by value, so they need real tensors; in training t
 from __future__ import annotations
 
 import inspect as python
+from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torchvision import models
+from torchvision.models.regnet import BlockParams
 
 from ilmconvert.graph import Inputs
 
@@ -29,10 +32,21 @@ def build(name: str) -> nn.Module:
     """Without pretrained weights, of the backbone neither."""
     maker = models.get_model_builder(name)
     backbone = "weights_backbone" in python.signature(maker).parameters
-    model: nn.Module = maker(weights=None, **({"weights_backbone": None} if backbone else {}), **_arguments(name))
+    with patch.object(BlockParams, "from_init_params", _on_cpu(BlockParams.from_init_params)):
+        model: nn.Module = maker(weights=None, **({"weights_backbone": None} if backbone else {}), **_arguments(name))
     if hasattr(model, "transform"):  # detectors enlarge their input, by default to 800 pixels
         model.transform.min_size, model.transform.max_size = (96,), 128  # type: ignore[union-attr]
     return model
+
+
+def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    """RegNet computes its widths with tensors, which must have values while its weights may be meta tensors."""
+
+    def run(**arguments: Any) -> Any:
+        with torch.device("cpu"):
+            return function(**arguments)
+
+    return run
 
 
 def _arguments(name: str) -> dict[str, Any]:
