@@ -159,17 +159,17 @@ def standardize(x: Tensor, shape: tuple[int, ...], groups: int, how: Standardiza
     return (grouped * torch.rsqrt(power + eps)).reshape(x.shape)
 
 
-def key_features(moments: Tensor, center: Tensor | None, scale: Tensor | None, eps: float) -> Tensor:
-    """What the predictor is shown of the key groups' moments.
+def key_features(var: Tensor, mean: Tensor, center: Tensor | None, scale: Tensor | None, eps: float) -> Tensor:
+    """What the predictor is shown of the key groups' moments: ``(2, M, K)``.
 
     Args:
-        moments: ``(2, M, K)``: the variances, then the means, of ``M`` instances.
+        var, mean: ``(M, K)``, of ``M`` instances.
         center, scale: ``(2, K)`` of deviation and mean, with standardized keys; else None, and the moments are shown.
         eps: added to the variance under the root.
     """
     if center is None or scale is None:
-        return moments
-    return (torch.stack(((moments[0] + eps).sqrt(), moments[1])) - center.unsqueeze(1)) / scale.unsqueeze(1)
+        return torch.stack((var, mean))
+    return (torch.stack(((var + eps).sqrt(), mean)) - center.unsqueeze(1)) / scale.unsqueeze(1)
 
 
 def predict(features: Tensor, meta: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -249,9 +249,9 @@ def rescaling(x: Tensor, parameters: Parameters, config: Config) -> tuple[Tensor
         return channelwise if gain is None else channelwise * per_element(gain)
 
     mean, var = (feature.squeeze(2).mT for feature in group_moments(x, keys, config.how))
-    moments = torch.stack((var, mean)).reshape(2, mean.shape[0] * mean.shape[1], keys)
     eps = torch.finfo(x.dtype).eps if config.how.eps is None else config.how.eps
-    features = key_features(moments, parameters.key_center, parameters.key_scale, eps)
+    rows = (mean.shape[0] * mean.shape[1], keys)
+    features = key_features(var.reshape(rows), mean.reshape(rows), parameters.key_center, parameters.key_scale, eps)
     _, decoded = predict(features, parameters[2:5])
     scale = spread(decoded[0] / 2, parameters.scale_gain)
     shift = spread(decoded[1], parameters.shift_gain)

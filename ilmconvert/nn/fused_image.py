@@ -1,9 +1,10 @@
 """Group, Instance and whole-sample Layer Norm with ILM's rescaling: what a sample's channels share with its positions.
 
-Forward, one pass reads the mean and variance of each channel; those of norm groups and key groups follow from them by
-the law of total variance; with what the predictor says, the whole layer is one affine map per instance and channel::
+Forward, one pass reads mean and variance of the finest groups that both norm groups and key groups are made of, and
+theirs follow by the law of total variance; with what the predictor says, the whole layer is one affine map per instance
+and channel::
 
-    y = f x + (shift - f mean_G)        f = scale / sqrt(var_G + eps)
+    y = scale (x - mean_G) / sqrt(var_G + eps) + shift
 
 Backward, one pass reads ``sum(g x)`` and ``sum(g)`` of each channel, from which all gradients of the parameters follow,
 and, with ``r = 1 / sqrt(var_G + eps)`` and ``a``, ``b`` of the key groups (see :mod:`ilmconvert.nn.gradients`)::
@@ -16,6 +17,7 @@ is per instance and channel or smaller.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +25,7 @@ from torch import Tensor
 
 from ilmconvert.nn.functional import Config, Parameters, key_features, predict
 from ilmconvert.nn.gradients import differentiable, key_slopes, predict_backward, split_saved
-from ilmconvert.nn.kernels import affine, channel_moments, channel_sums, group_moments_of
+from ilmconvert.nn.kernels import affine, coarser, group_sums, moments, per_channel
 
 __all__ = ["image_ilm_norm"]
 
@@ -61,33 +63,23 @@ class _View(NamedTuple):
         return y if torch.compiler.is_compiling() else x.as_strided_(y.shape, y.stride())
 
 
-def _rescaled(parameter: Tensor | None, gain: Tensor | None, decoded: Tensor, default: float, half: float) -> Tensor:
-    """``parameter + gain * decoded * half``, from ``(N, K)`` to ``(N, K, C / K)``; without either, ``(N, K, 1)``."""
-    keys = decoded.shape[1]
-    spread = decoded.unsqueeze(2)
-    own = None if parameter is None else parameter.view(1, keys, -1)
-    if gain is not None:
-        factor = gain.view(1, keys, -1)
-        return default + factor * spread * half if own is None else torch.addcmul(own, factor, spread, value=half)
-    return default + spread * half if own is None else torch.add(own, spread, alpha=half)
-
-
 def _grouped(value: Tensor, groups: int) -> Tensor:
-    """``(N, C)`` as ``(N, groups, C / groups)``."""
-    return value.view(len(value), groups, -1)
+    """``(..., C)`` as ``(..., groups, C / groups)``."""
+    return value.unflatten(-1, (groups, -1))
 
 
-def _per_channel(value: Tensor, channels: int) -> Tensor:
-    """``(N, K)`` or ``(N, K, C / K)`` or ``(N, K, 1)`` as ``(N, C)``."""
-    n, groups = value.shape[:2]
-    return value.reshape(n, groups, -1).expand(n, groups, channels // groups).reshape(n, channels)
+def _pair(scale: Tensor | None, shift: Tensor | None, like: Tensor, channels: int, default: float) -> Tensor:
+    """The parameters of scale and shift as one ``(2, 1, C)``; ``default`` and 0 or 1 where there are none."""
+    first = like.new_full((channels,), 1.0) if scale is None else scale.view(-1)
+    second = like.new_full((channels,), default) if shift is None else shift.view(-1)
+    return torch.stack((first, second)).unsqueeze(1)
 
 
-def _joined(first: Tensor, second: Tensor, channels: int) -> Tensor:
-    """The sum of two ``(N, groups)`` of different groupings, as ``(N, C)``."""
-    if first.shape == second.shape:
-        return _per_channel(first + second, channels)
-    return _per_channel(first, channels) + _per_channel(second, channels)
+def _halved(pair: Tensor) -> Tensor:
+    """``(2, ...)`` with the first, of the scale, halved: the predictor's ``2 D_scale - 1`` counts half."""
+    pair = pair.clone()
+    pair[0].div_(2)
+    return pair
 
 
 class _Image(torch.autograd.Function):
@@ -97,23 +89,22 @@ class _Image(torch.autograd.Function):
         weight, bias, *meta, scale_gain, shift_gain, center, key_scale = tensors
         view, how = _View.of(x), config.how
         flat = view.canonical(x)
-        (n, c), size = x.shape[:2], flat.shape[view.dim]
+        c, size = x.shape[1], flat.shape[view.dim]
         groups, keys = config.num_groups, config.num_key_groups
-        channels = channel_moments(flat, view.dim)
-        mean, var = group_moments_of(*channels, groups)
-        key_mean, key_var = (mean, var) if keys == groups else group_moments_of(*channels, keys)
+        finest = moments(flat, view.dim, math.lcm(groups, keys))
+        mean, var = coarser(*finest, groups)
+        key_mean, key_var = coarser(*finest, keys)
         if how.unbiased:
             var, key_var = var * _bessel(c // groups * size), key_var * _bessel(c // keys * size)
-        moments = torch.stack((key_var, key_mean))
-        hidden, decoded = predict(key_features(moments, center, key_scale, how.eps), meta)
-        scale = _per_channel(_rescaled(weight, scale_gain, decoded[0], 1.0, 0.5), c)
-        shift = _per_channel(_rescaled(bias, shift_gain, decoded[1], 0.0, 1.0), c)
-        rstd = torch.rsqrt(var + how.eps)
-        factor = _grouped(scale, groups) * rstd.unsqueeze(2)
-        offset = torch.addcmul(_grouped(shift, groups), factor, mean.unsqueeze(2), value=-1)
-        y = affine(flat, factor.view(n, c), offset.view(n, c), view.dim)
+        features = key_features(key_var, key_mean, center, key_scale, how.eps)
+        hidden, decoded = predict(features, meta)
+        spread = per_channel(_halved(decoded), c)
+        if scale_gain is not None:
+            spread = spread * _pair(scale_gain, shift_gain, x, c, 1.0)
+        scale, shift = (spread + _pair(weight, bias, x, c, 0.0)).unbind()
+        y = affine(flat, scale, shift, view.dim, mean, var, how.eps)
         ctx.config, ctx.view = config, view
-        ctx.save_for_backward(x, *tensors, mean, rstd, scale, moments, hidden, decoded)
+        ctx.save_for_backward(x, *tensors, mean, var, scale.clone(), key_mean, key_var, features, hidden, decoded)
         return view.restored(y)
 
     @staticmethod
@@ -122,30 +113,41 @@ class _Image(torch.autograd.Function):
         config, view = ctx.config, ctx.view
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return differentiable(config, inputs, grad)
-        x, weight, bias, *meta, scale_gain, shift_gain, center, key_scale = inputs
-        mean, rstd, scale, moments, hidden, decoded = kept
+        x, weight, bias, *meta, scale_gain, shift_gain, _, key_scale = inputs
+        mean, var, scale, key_mean, key_var, features, hidden, decoded = kept
         flat, g = view.canonical(x), view.canonical(grad)
-        n, c = scale.shape
-        groups, keys, size, how = config.num_groups, config.num_key_groups, flat.shape[view.dim], config.how
-        products, d_shift = _centered_sums(g, flat, mean, rstd, view.dim)
-        d_scale = (_grouped(products, groups) * rstd.unsqueeze(2)).view(n, c)
-        d_decoded, d_gains = _through_gains(d_scale, d_shift, scale_gain, shift_gain, decoded)
-        features = key_features(moments, center, key_scale, how.eps)
+        (n, c), size = x.shape[:2], flat.shape[view.dim]
+        groups, keys, how = config.num_groups, config.num_key_groups, config.how
+        rstd = torch.rsqrt(var + how.eps)
+        products, sums = _centered_sums(g, flat, mean, rstd, view.dim)
+        gradients = torch.stack(((_grouped(products, groups) * rstd.unsqueeze(2)).view(n, c), sums))
+
+        d_own, d_gains, d_spread = gradients.sum(1), (None, None), gradients
+        if scale_gain is not None:
+            d_gains = (gradients * per_channel(_halved(decoded), c)).sum(1).view(2, *scale_gain.shape).unbind()
+            d_spread = gradients * _pair(scale_gain, shift_gain, x, c, 1.0)
+        d_decoded = _halved(_grouped(d_spread, keys).sum(3))
         d_features, *d_meta = predict_backward(d_decoded, features, hidden, decoded, tuple(meta))
         d_x = None
         if ctx.needs_input_grad[0]:
-            d_var, d_mean = _moment_gradients(d_features, moments, key_scale, how.eps)
-            slope, offset = key_slopes(d_var, d_mean, moments[1], c // keys * size, how.unbiased)
+            d_var, d_mean = _moment_gradients(d_features, key_var, key_scale, how.eps)
+            slope, offset = key_slopes(d_var, d_mean, key_mean, c // keys * size, how.unbiased)
             count = c // groups * size
-            first = _grouped(scale * d_shift, groups).sum(2) * rstd / count
-            second = _grouped(scale * d_scale, groups).sum(2) * rstd.square() / max(count - int(how.unbiased), 1)
-            offset = _joined(second * mean - first, offset, c)
-            slope = _joined(-second, slope, c)
-            factor = (_grouped(scale, groups) * rstd.unsqueeze(2)).view(n, c)
-            d_x = view.restored(affine(g, factor, offset, view.dim).addcmul_(flat, slope.unsqueeze(view.dim)))
-        d_weight = None if weight is None else d_scale.sum(0).view_as(weight)
-        d_bias = None if bias is None else d_shift.sum(0).view_as(bias)
+            second, first = (_grouped(scale * gradients, groups).sum(3) * (rstd / count)).unbind()
+            second = second * rstd * (_bessel(count) if how.unbiased else 1.0)
+            offset = _joined(torch.addcmul(-first, second, mean), offset, c)
+            d_x = affine(g, scale, offset, view.dim, torch.zeros_like(mean), var, how.eps)
+            d_x = view.restored(d_x.addcmul_(flat, _joined(-second, slope, c).unsqueeze(view.dim)))
+        d_weight = None if weight is None else d_own[0].view_as(weight)
+        d_bias = None if bias is None else d_own[1].view_as(bias)
         return d_x, d_weight, d_bias, *d_meta, *d_gains, None, None, None
+
+
+def _joined(first: Tensor, second: Tensor, channels: int) -> Tensor:
+    """The sum of two ``(N, groups)`` of different groupings, as ``(N, C)``."""
+    if first.shape == second.shape:
+        return per_channel(first + second, channels)
+    return per_channel(first, channels) + per_channel(second, channels)
 
 
 def _centered_sums(g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -154,11 +156,12 @@ def _centered_sums(g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, dim: int) -
     The difference of the sums loses digits where a mean is large against its deviation; then the input is centered
     first, which costs a copy of it. A compiler fuses the centering with the sum.
     """
-    channels = g.shape[3 - dim]
+    channels = x.shape[3 - dim]
+    center = per_channel(mean, channels)
     if torch.compiler.is_compiling() or (x.is_cpu and (mean * rstd).abs().amax() > _FAR):
-        return channel_sums(g, x - _per_channel(mean, channels).unsqueeze(dim), dim)
-    products, sums = channel_sums(g, x, dim)
-    return torch.addcmul(products, sums, _per_channel(mean, channels), value=-1), sums
+        return group_sums(g, x - center.unsqueeze(dim), dim, channels)
+    products, sums = group_sums(g, x, dim, channels)
+    return torch.addcmul(products, sums, center, value=-1), sums
 
 
 def _bessel(count: int) -> float:
@@ -166,22 +169,9 @@ def _bessel(count: int) -> float:
     return count / (count - 1) if count > 1 else 1.0
 
 
-def _through_gains(
-    d_scale: Tensor, d_shift: Tensor, scale_gain: Tensor | None, shift_gain: Tensor | None, decoded: Tensor
-) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
-    """From the gradients of scale and shift ``(N, C)`` to those of the decoded ``(2, N, K)`` and of the gains."""
-    _, n, keys = decoded.shape
-    d_spread = torch.stack((d_scale / 2, d_shift)).view(2, n, keys, -1)
-    if scale_gain is None or shift_gain is None:
-        return d_spread.sum(3), (None, None)
-    gains = torch.stack((scale_gain, shift_gain)).view(2, 1, keys, -1)
-    d_gains = (d_spread * decoded.unsqueeze(3)).sum(1)
-    return (d_spread * gains).sum(3), (d_gains[0].view_as(scale_gain), d_gains[1].view_as(shift_gain))
-
-
-def _moment_gradients(d_features: Tensor, moments: Tensor, scale: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+def _moment_gradients(d_features: Tensor, var: Tensor, scale: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """From gradients of the key features to those of variance and mean: two ``(N, K)``; see :func:`key_features`."""
     if scale is None:
         return d_features[0], d_features[1]
     d_dev, d_mean = d_features / scale.unsqueeze(1)
-    return d_dev / (moments[0] + eps).sqrt().mul_(2), d_mean
+    return d_dev / (var + eps).sqrt().mul_(2), d_mean

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ilmconvert.nn.functional import Config, Parameters
 from ilmconvert.nn.gradients import differentiable, key_slopes, split_saved
-from ilmconvert.nn.kernels import channel_moments, group_moments_of
+from ilmconvert.nn.kernels import coarser, moments
 
 __all__ = ["token_ilm_norm"]
 
@@ -73,7 +73,7 @@ class _Token(torch.autograd.Function):
         weight, bias, *meta = tensors[:5]
         (channels,) = config.shape
         tokens, rows = x.view(-1, channels), x.view(-1, channels // config.num_key_groups)
-        mean, var = channel_moments(rows.view(len(tokens), config.num_key_groups, -1), 2)
+        mean, var = moments(rows.view(len(tokens), config.num_key_groups, -1), 2, config.num_key_groups)
         keys = _Keys.of(mean, var, tuple(meta))
         y, mu, rstd = torch.native_layer_norm(tokens, (channels,), weight, bias, config.how.eps)
         slope = keys.scale * (rstd / 2)
@@ -130,7 +130,7 @@ class _Arithmetic(torch.autograd.Function):
         mean = rows.mean(2)
         var = (rows - mean.unsqueeze(2)).square().mean(2)  # over few values, twice is faster than once with a pivot
         keys = _Keys.of(mean, var, tuple(meta))
-        mu, total = group_moments_of(mean, var, 1)
+        mu, total = coarser(mean, var, 1)
         rstd = torch.rsqrt(total + config.how.eps)
         standardized = (rows - mu.unsqueeze(2)) * rstd.unsqueeze(2)
         y = _own(weight, rows, 1.0) * standardized + _own(bias, rows, 0.0)

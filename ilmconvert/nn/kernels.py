@@ -1,7 +1,7 @@
 """The passes over memory that the fused paths make, each by the torch kernel that makes it fastest.
 
 A tensor is seen as ``(N, C, S)`` (``dim`` 2: contiguous) or ``(N, S, C)`` (``dim`` 1: channels_last), ``dim`` being
-the one of the ``S`` positions. What is per instance and channel is ``(N, C)``.
+the one of the ``S`` positions. Sums and moments are ``(N, groups)``, of groups of channels and their positions.
 
 On the CPU, a backward kernel is the fastest reduction torch has: asked for the gradients of scale and shift alone, with
 mean 0 and deviation 1, it returns ``sum(g x)`` and ``sum(g)`` from one pass over both; and Batch Norm's evaluation is
@@ -13,26 +13,33 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["affine", "channel_moments", "channel_sums", "group_moments_of"]
+__all__ = ["affine", "coarser", "group_sums", "moments", "per_channel"]
 
 _OFFSET = 16.0  # mean^2 / variance from which on a variance by E[x^2] - E[x]^2 is not taken
-_LONG = 1024  # positions from which on torch's own reductions are as fast, and sum in cascades
+_LONG = 1024  # values from which on torch's own reductions are as fast, and sum in cascades
 
 
-def channel_sums(g: Tensor, x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """``sum(g x)`` and ``sum(g)`` over ``dim``: two ``(N, C)``."""
+def group_sums(g: Tensor, x: Tensor, dim: int, groups: int) -> tuple[Tensor, Tensor]:
+    """``sum(g x)`` and ``sum(g)`` of each group: two ``(N, groups)``."""
+    n = len(x)
     if torch.compiler.is_compiling() or not x.is_cpu or x.shape[dim] == 1:
-        return (g * x).sum(dim), g.sum(dim)
-    return _row_sums(g, x) if dim == 2 else _column_sums(g, x)
+        return tuple(t.sum(dim).view(n, groups, -1).sum(2) for t in (g * x, g))  # type: ignore[return-value]
+    if dim == 2:
+        rows = x.view(n, groups, -1)
+        return _row_sums(rows if g is x else g.view(n, groups, -1), rows)
+    sums = _column_sums(g, x)
+    return sums if groups == x.shape[2] else tuple(t.view(n, groups, -1).sum(2) for t in sums)  # type: ignore[return-value]
 
 
 def _row_sums(g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    n, c, size = x.shape
-    flat = (1, n * c, size)
+    n, groups, size = x.shape
+    if g is x and size >= _LONG:
+        return torch.linalg.vector_norm(x, dim=2).square_(), x.sum(2)
+    flat = (1, n * groups, size)
     _, products, sums = torch.ops.aten.native_group_norm_backward(
         g.view(flat), x.view(flat), x.new_zeros(1, 1), x.new_ones(1, 1), None, *flat, 1, [False, True, True]
     )
-    return products.view(n, c), sums.view(n, c)
+    return products.view(n, groups), sums.view(n, groups)
 
 
 def _column_sums(g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,35 +54,37 @@ def _column_sums(g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(products), torch.stack(sums)
 
 
-def channel_moments(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Mean and (biased) variance of each channel of each instance: two ``(N, C)``."""
+def moments(x: Tensor, dim: int, groups: int) -> tuple[Tensor, Tensor]:
+    """Mean and (biased) variance of each group: two ``(N, groups)``."""
     if torch.compiler.is_compiling():
-        return _pivoted_moments(x, dim)
-    count = x.shape[dim]
-    if count == 1:
-        mean = x.squeeze(dim)
-        return mean, torch.zeros_like(mean)
+        return coarser(*_pivoted(x, dim), groups)
     if not x.is_cpu:  # a look at the values would wait for the device
         var, mean = torch.var_mean(x, dim, correction=0)
-        return mean, var
-    if dim == 2 and count >= _LONG:
-        mean, var = x.mean(2), torch.linalg.vector_norm(x, dim=2).square_().div_(count)
-    else:
-        var, mean = (total.div_(count) for total in channel_sums(x, x, dim))
+        return coarser(mean, var, groups)
+    if x.shape[dim] == 1:
+        mean = x.squeeze(dim)
+        return coarser(mean, torch.zeros_like(mean), groups)
+    count = x[0].numel() // groups
+    var, mean = (total.mul_(1 / count) for total in group_sums(x, x, dim, groups))
     var.addcmul_(mean, mean, value=-1)
-    excess = torch.addcmul(var, mean, mean, value=-1 / _OFFSET)
-    if excess.amin() < 0:
-        lossy = excess < 0
-        rows = (x if dim == 2 else x.transpose(1, 2))[lossy]
-        rows.sub_(mean[lossy].unsqueeze(1))
-        rest = rows.mean(1)
-        mean[lossy] += rest
-        var[lossy] = torch.linalg.vector_norm(rows, dim=1).square_().div_(count).sub_(rest.square())
+    if torch.addcmul(var, mean, mean, value=-1 / _OFFSET).amin() < 0:
+        _recount_(x, dim, mean, var)
     return mean, var
 
 
-def _pivoted_moments(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """As :func:`channel_moments`, from one pass over the deviations from each channel's first value.
+def _recount_(x: Tensor, dim: int, mean: Tensor, var: Tensor) -> None:
+    """Take anew what a difference of squares lost: the moments of groups far from zero, of their deviations."""
+    n, groups = mean.shape
+    far = var * _OFFSET < mean.square()
+    rows = x.view(n, groups, -1) if dim == 2 else x.transpose(1, 2).reshape(n, groups, -1)
+    rows = rows[far] - mean[far].unsqueeze(1)
+    rest = rows.mean(1)
+    mean[far] += rest
+    var[far] = torch.linalg.vector_norm(rows, dim=1).square_().div_(rows.shape[1]).sub_(rest.square())
+
+
+def _pivoted(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each channel from one pass over the deviations from its first value.
 
     Without a pivot, the difference of squares would lose digits where the mean is large against the deviation.
     """
@@ -85,19 +94,39 @@ def _pivoted_moments(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return mean + pivot.squeeze(dim), (power - mean.square()).clamp_min(0)
 
 
-def group_moments_of(mean: Tensor, var: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Mean and (biased) variance of groups of channels from those of the channels (law of total variance)."""
-    n, c = mean.shape
-    if groups == c:
+def coarser(mean: Tensor, var: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Mean and (biased) variance of groups from those of finer groups (law of total variance)."""
+    n, finer = mean.shape
+    if groups == finer:
         return mean, var
     spread, center = torch.var_mean(mean.view(n, groups, -1), 2, correction=0)
     return center, var.view(n, groups, -1).mean(2) + spread
 
 
-def affine(x: Tensor, scale: Tensor, shift: Tensor, dim: int) -> Tensor:
-    """``scale x + shift`` per instance and channel, both ``(N, C)``; a fresh tensor."""
+def affine(x: Tensor, scale: Tensor, shift: Tensor, dim: int, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+    """``scale (x - mean) / sqrt(var + eps) + shift`` as a fresh tensor.
+
+    Args:
+        x: the tensor.
+        scale, shift: per instance and channel, ``(N, C)``.
+        dim: where its positions are.
+        mean, var: ``(N, groups)``.
+        eps: added to the variance.
+    """
     if dim == 1 or x.shape[2] == 1 or torch.compiler.is_compiling() or not x.is_cpu:
-        return torch.addcmul(shift.unsqueeze(dim), x, scale.unsqueeze(dim))
-    rows = x.shape[0] * x.shape[1]
-    flat, still = x.view(1, rows, -1), (x.new_zeros(rows), x.new_ones(rows))
-    return torch.native_batch_norm(flat, scale.reshape(-1), shift.reshape(-1), *still, False, 0.0, 0.0)[0].view(x.shape)
+        grouped = (len(x), mean.shape[1], -1)
+        factor = scale.view(grouped) * torch.rsqrt(var + eps).unsqueeze(2)
+        offset = torch.addcmul(shift.view(grouped), factor, mean.unsqueeze(2), value=-1)
+        return torch.addcmul(offset.view_as(shift).unsqueeze(dim), x, factor.view_as(scale).unsqueeze(dim))
+    rows = scale.numel()
+    center, spread = (per_channel(t, scale.shape[1]).reshape(rows) for t in (mean, var))
+    flat = x.view(1, rows, -1)
+    return torch.native_batch_norm(flat, scale.reshape(rows), shift.reshape(rows), center, spread, False, 0.0, eps)[
+        0
+    ].view(x.shape)
+
+
+def per_channel(value: Tensor, channels: int) -> Tensor:
+    """``(..., groups)`` as ``(..., C)``."""
+    width = channels // value.shape[-1]
+    return value if width == 1 else value.unsqueeze(-1).expand(*value.shape, width).reshape(*value.shape[:-1], channels)
