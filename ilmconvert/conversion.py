@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
@@ -15,7 +15,7 @@ from ilmconvert.fingerprint import fingerprint
 from ilmconvert.graph import find_sites
 from ilmconvert.graph.inputs import example_inputs as resolve_inputs
 from ilmconvert.graph.inputs import first_tensor
-from ilmconvert.graph.shadow import copy_model
+from ilmconvert.graph.shadow import copied_together, copy_model
 from ilmconvert.graph.tracer import TraceError, trace
 from ilmconvert.nn import ILMNorm, ILMNormAct
 from ilmconvert.options import ConvertOptions
@@ -77,8 +77,7 @@ class Conversion:
         Straight after :func:`convert`, its state dict is that of the original, bit for bit.
         """
         current = self.current()
-        together = nn.ModuleList([current.model, *current.originals.values()])
-        model, *norms = cast("nn.ModuleList", copy_model(together))
+        model, *norms = copied_together([current.model, *current.originals.values()])
         originals = dict(zip(current.originals, norms, strict=True))
         replacements: dict[str, nn.Module] = {}
         for decision in current.plan.converted:
@@ -172,7 +171,7 @@ def inspect(
     if not isinstance(model, nn.Module):
         raise UsageError(f"expected a torch.nn.Module, got {model!r}; build it first (timm.create_model(name))")
     wanted = ConvertOptions.of(options, fields)
-    search = find_sites(model, resolve_inputs(model, example_inputs))
+    search = find_sites(model, resolve_inputs(model, example_inputs, make=torch.empty))
     plan = make_plan(search, wanted, type(model).__name__)
     return Report(plan, sum(p.numel() for p in model.parameters()))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 from torch import Tensor, nn
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from ilmconvert.errors import PlanError
 from ilmconvert.folding import refuse_folding_
 from ilmconvert.graph.inputs import first_tensor
-from ilmconvert.graph.shadow import copy_model
+from ilmconvert.graph.shadow import copied_together, copy_model
 from ilmconvert.graph.sites import norm_paths
 from ilmconvert.nn import ILMNorm
 from ilmconvert.norms import Entry, build_ilm, class_name, find
@@ -42,7 +41,7 @@ def rewrite(
     _check_complete(result, plan)
     fallback = first_tensor(result)
     norms = {decision.path: _norm(result, decision) for decision in plan.converted}
-    originals = copy.deepcopy(norms)  # together, so that parameters they share stay shared
+    originals = dict(zip(norms, copied_together(norms.values()), strict=True))
     layers: dict[str, nn.Module] = {}
     for decision in plan.converted:
         layers[decision.path] = _replacement(norms[decision.path], decision, fallback)
