@@ -55,9 +55,8 @@ class MetaMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _KNOWN and (known := _KNOWN[func](*args, **kwargs)) is not None:
             return known
-        args = tuple(
-            _META if isinstance(v, torch.device) or (func is Tensor.to and type(v) is str) else v for v in args
-        )
+        if func is Tensor.to or any(isinstance(v, torch.device) for v in args):
+            args = tuple(_META if isinstance(v, (torch.device, str)) else v for v in args)
         return func(*args, **({**kwargs, "device": _META} if kwargs.get("device") is not None else kwargs))
 
 

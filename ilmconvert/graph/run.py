@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,22 +105,24 @@ def _unusual(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def record_run(model: nn.Module, inputs: Inputs, mode: FakeTensorMode | MetaMode, norms: set[nn.Module]) -> Run:
-    """Run ``model`` (a shadow made under ``mode``) once; no data is computed."""
+    """Run ``model`` (a shadow made under ``mode``, which keeps the hooks) once; no data is computed."""
     recorder = _Recorder(model, norms)
     error: str | None = None
-    with ExitStack() as stack:
-        for module in recorder.names:
-            stack.callback(module.register_forward_pre_hook(recorder.enter, with_kwargs=True, prepend=True).remove)
-            stack.callback(module.register_forward_hook(recorder.leave, always_call=True).remove)
-        try:
-            with mode, torch.no_grad(), recorder:
-                inputs.map(mode.from_tensor)(model)
-        except Exception as failure:  # a forward pass may raise anything; the reason goes into the report
-            error = f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}"
-    return Run(
+    enter, leave = recorder.enter, recorder.leave
+    for module in recorder.names:
+        module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
+        module.register_forward_hook(leave, always_call=True)
+    try:
+        with mode, torch.no_grad(), recorder:
+            inputs.map(mode.from_tensor)(model)
+    except Exception as failure:  # a forward pass may raise anything; the reason goes into the report
+        error = f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}"
+    found = Run(
         {path: tuple(shapes) for path, shapes in recorder.shapes.items()},
         {call: tuple(shapes) for call, shapes in recorder.functional.items()},
         frozenset(recorder.unusual),
         completed=error is None,
         error=error,
     )
+    vars(recorder).clear()  # the modules' hooks hold it: a cycle that would keep them until the garbage collector runs
+    return found

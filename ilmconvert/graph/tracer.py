@@ -57,11 +57,14 @@ def trace(module: nn.Module) -> fx.Graph:
     Raises:
         TraceError: its forward cannot be followed symbolically.
     """
+    tracer = NormTracer()
     try:
-        return NormTracer().trace(module, concrete_args=concrete_defaults(module))
+        return tracer.trace(module, concrete_args=concrete_defaults(module))
     except Exception as error:  # forward code may raise anything when it meets a proxy
         message = " ".join(str(error).split()) or type(error).__name__
         raise TraceError(message[:300]) from error
+    finally:
+        vars(tracer).clear()  # a cycle in torch.fx keeps it, and with it the module, until the garbage collector runs
 
 
 def concrete_defaults(module: nn.Module) -> dict[str, Any]:
