@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx, nn
 
+from ilmconvert.collector import collector_paused
 from ilmconvert.errors import ModelError, UsageError
 from ilmconvert.fingerprint import fingerprint
 from ilmconvert.graph import find_sites
@@ -145,6 +146,7 @@ class Conversion:
         return save(self, path, factory=factory, model_args=model_args, force=force)
 
 
+@collector_paused()
 def inspect(
     model: nn.Module, options: ConvertOptions | None = None, *, example_inputs: Any = None, **fields: Any
 ) -> Report:
@@ -252,6 +254,7 @@ def apply_plan(model: nn.Module, plan: Plan, *, progress: Progress | None = None
     return _carry_out(model, Report(plan, sum(p.numel() for p in model.parameters())), progress)
 
 
+@collector_paused()
 def _carry_out(model: nn.Module, report: Report, progress: Progress | None, *, in_place: bool = False) -> Conversion:
     done, total = 0, len(report.converted)
 
