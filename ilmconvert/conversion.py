@@ -195,7 +195,7 @@ def convert(
         model: any module; it is left as it is.
         options: how to convert, or its fields as keywords (``bn_to="group"``, ``exclude="head.*"``, ...).
         example_inputs: what to call the model with: a tensor, a tuple, or a dict of keyword arguments. timm models
-            declare their own. It is only looked at on fake tensors, for shapes.
+            declare their own. Only its shapes are looked at, never run on real weights.
         progress: called with (what, done, total).
 
     Raises:

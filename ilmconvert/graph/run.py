@@ -1,4 +1,4 @@
-"""Run a shadow on fake tensors and record what reaches each norm: order, counts and shapes, whatever torch.fx says."""
+"""Run a shadow, without values, and record what reaches each norm: order, counts and shapes, whatever torch.fx says."""
 
 from __future__ import annotations
 
