@@ -16,11 +16,13 @@ from ilmconvert_cli.commands.recover import recover
 from ilmconvert_cli.commands.survey import survey
 from ilmconvert_cli.commands.verify import verify
 
+from ilmconvert import __version__
+
 __all__ = ["cli", "main"]
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(package_name="ilmconvert", prog_name="ilmconvert")
+@click.version_option(__version__, prog_name="ilmconvert")
 def cli() -> None:
     """Swap the normalization layers of a PyTorch model for ILM-Norm.
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
 
+from ilmconvert.collector import collector_paused
 from ilmconvert.errors import ModelError, UsageError
 from ilmconvert.fingerprint import fingerprint
 from ilmconvert.graph import find_sites
 from ilmconvert.graph.inputs import example_inputs as resolve_inputs
 from ilmconvert.graph.inputs import first_tensor
-from ilmconvert.graph.shadow import copy_model
+from ilmconvert.graph.shadow import copied_together, copy_model
 from ilmconvert.graph.tracer import TraceError, trace
 from ilmconvert.nn import ILMNorm, ILMNormAct
 from ilmconvert.options import ConvertOptions
@@ -77,8 +78,7 @@ class Conversion:
         Straight after :func:`convert`, its state dict is that of the original, bit for bit.
         """
         current = self.current()
-        together = nn.ModuleList([current.model, *current.originals.values()])
-        model, *norms = cast("nn.ModuleList", copy_model(together))
+        model, *norms = copied_together([current.model, *current.originals.values()])
         originals = dict(zip(current.originals, norms, strict=True))
         replacements: dict[str, nn.Module] = {}
         for decision in current.plan.converted:
@@ -146,6 +146,7 @@ class Conversion:
         return save(self, path, factory=factory, model_args=model_args, force=force)
 
 
+@collector_paused()
 def inspect(
     model: nn.Module, options: ConvertOptions | None = None, *, example_inputs: Any = None, **fields: Any
 ) -> Report:
@@ -172,7 +173,7 @@ def inspect(
     if not isinstance(model, nn.Module):
         raise UsageError(f"expected a torch.nn.Module, got {model!r}; build it first (timm.create_model(name))")
     wanted = ConvertOptions.of(options, fields)
-    search = find_sites(model, resolve_inputs(model, example_inputs))
+    search = find_sites(model, resolve_inputs(model, example_inputs, make=torch.empty))
     plan = make_plan(search, wanted, type(model).__name__)
     return Report(plan, sum(p.numel() for p in model.parameters()))
 
@@ -194,7 +195,7 @@ def convert(
         model: any module; it is left as it is.
         options: how to convert, or its fields as keywords (``bn_to="group"``, ``exclude="head.*"``, ...).
         example_inputs: what to call the model with: a tensor, a tuple, or a dict of keyword arguments. timm models
-            declare their own. It is only looked at on fake tensors, for shapes.
+            declare their own. Only its shapes are looked at, never run on real weights.
         progress: called with (what, done, total).
 
     Raises:
@@ -253,6 +254,7 @@ def apply_plan(model: nn.Module, plan: Plan, *, progress: Progress | None = None
     return _carry_out(model, Report(plan, sum(p.numel() for p in model.parameters())), progress)
 
 
+@collector_paused()
 def _carry_out(model: nn.Module, report: Report, progress: Progress | None, *, in_place: bool = False) -> Conversion:
     done, total = 0, len(report.converted)
 

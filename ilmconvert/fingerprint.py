@@ -34,15 +34,24 @@ def fingerprint(model: nn.Module, *, leave_out: Callable[[nn.Module], bool] = la
         >>> fingerprint(layer) == before, fingerprint(layer, leave_out=lambda m: m is layer)
         (False, 'e3b0c44298fc1c14')
     """
-    skipped = tuple(f"{path}.".lstrip(".") for path, m in model.named_modules(remove_duplicate=False) if leave_out(m))
+    left_out = {path for path, module in model.named_modules(remove_duplicate=False) if leave_out(module)}
     digest = sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        if not name.startswith(skipped) and isinstance(tensor, Tensor):
+        if not _inside(name, left_out) and isinstance(tensor, Tensor):
             if tensor.is_meta or tensor.is_quantized or tensor.layout is not torch.strided:
                 return None
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(_sample(tensor))
     return digest.hexdigest()[:16]
+
+
+def _inside(name: str, paths: set[str]) -> bool:
+    """Whether a tensor of that name belongs to one of the modules or to what is inside of them."""
+    while name:
+        name = name.rpartition(".")[0]
+        if name in paths:
+            return True
+    return False
 
 
 def _sample(tensor: Tensor) -> bytes:

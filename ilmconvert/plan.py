@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
@@ -99,8 +100,8 @@ class Plan:
     version: int = PLAN_VERSION
 
     def __post_init__(self) -> None:
-        paths = [path for decision in self.decisions for path in decision.site.paths]
-        if twice := sorted({path for path in paths if paths.count(path) > 1}):
+        count = Counter(path for decision in self.decisions for path in decision.site.paths)
+        if twice := sorted(path for path, times in count.items() if times > 1):
             raise ValueError(f"one decision for each norm, got several for {', '.join(twice[:3])}")
 
     @property

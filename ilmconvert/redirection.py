@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ilmconvert.errors import PlanError
-from ilmconvert.graph.calls import as_module, find_calls
+from ilmconvert.graph.calls import FoundCall, as_module, find_calls
 from ilmconvert.graph.owner import redirect_, restore_
 from ilmconvert.graph.shadow import shadow
 from ilmconvert.graph.tracer import TraceError
 from ilmconvert.norms import Refusal
 from ilmconvert.plan import Decision, Plan
 
-__all__ = ["call_as_module", "get_module", "put_calls_back_", "redirect_calls_"]
+__all__ = ["calls_as_modules", "get_module", "put_calls_back_", "redirect_calls_"]
 
 
 def get_module(model: nn.Module, path: str) -> nn.Module:
@@ -30,20 +30,39 @@ def get_module(model: nn.Module, path: str) -> nn.Module:
         raise PlanError(f"expected a module at {path!r} of {type(model).__name__}, but: {error}") from error
 
 
-def call_as_module(model: nn.Module, decision: Decision) -> nn.Module:
-    """The torch module that computes what a functional norm does, with the model's own tensors in it.
+def calls_as_modules(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
+    """By path, the torch modules that compute what functional norms do, with the model's own tensors in them.
 
     Raises:
         PlanError: the model's code makes no such call.
     """
+    modules = {}
+    for owner_path, decisions in _of_owners(plan).items():
+        owner = get_module(model, owner_path)
+        copy = shadow(owner, FakeTensorMode(allow_non_fake_inputs=True))
+        try:
+            found = {f.call.name: f for f in find_calls(copy, _ranks(decisions)).calls}
+        except TraceError as error:
+            name = decisions[0].site.class_name
+            raise PlanError(f"expected to trace {owner_path!r} for its {name} call, but: {error}") from error
+        for decision in decisions:
+            modules[decision.path] = _as_module(owner, decision, found)
+    return modules
+
+
+def _of_owners(plan: Plan) -> dict[str, list[Decision]]:
+    """The functional norms to convert, by the path of their owner."""
+    decisions: dict[str, list[Decision]] = {}
+    for decision in plan.converted:
+        if decision.site.call is not None:
+            decisions.setdefault(decision.site.owner, []).append(decision)
+    return decisions
+
+
+def _as_module(owner: nn.Module, decision: Decision, calls: Mapping[str, FoundCall]) -> nn.Module:
     site, call = decision.site, decision.site.call
-    owner = get_module(model, site.owner)
     assert call is not None
-    copy = shadow(owner, FakeTensorMode(allow_non_fake_inputs=True))
-    try:
-        found = {f.call.name: f for f in find_calls(copy, _ranks(decision)).calls}.get(call.name)
-    except TraceError as error:
-        raise PlanError(f"expected to trace {site.owner!r} for its {site.class_name} call, but: {error}") from error
+    found = calls.get(call.name)
     if found is None or found.function != site.norm or found.refusal or hasattr(owner, call.child):
         raise PlanError(
             f"expected the forward of {site.owner!r} to call {site.norm} ({call.name}); the plan is for another model"
@@ -54,9 +73,8 @@ def call_as_module(model: nn.Module, decision: Decision) -> nn.Module:
     return module
 
 
-def _ranks(decision: Decision) -> dict[str, int]:
-    call = decision.site.call
-    return {} if call is None or call.rank is None else {decision.site.norm: call.rank}
+def _ranks(decisions: Iterable[Decision]) -> dict[str, int]:
+    return {d.site.norm: d.site.call.rank for d in decisions if d.site.call and d.site.call.rank is not None}
 
 
 def redirect_calls_(model: nn.Module, plan: Plan, layers: Mapping[str, nn.Module]) -> None:
@@ -65,14 +83,13 @@ def redirect_calls_(model: nn.Module, plan: Plan, layers: Mapping[str, nn.Module
     A tensor that only the calls used has moved into the layer; its old name stays, empty, so that the order of names
     survives an undo. Calls on the parameters of a norm module that became a layer run that layer.
     """
+    owned = _of_owners(plan)
     for owner_path, children in _children(plan).items():
-        owner = get_module(model, owner_path)
-        decisions = [d for d in plan.converted if d.site.call is not None and d.site.owner == owner_path]
+        owner, decisions = get_module(model, owner_path), owned.get(owner_path, [])
         for decision in decisions:
             owner.add_module(decision.site.layer_path.rpartition(".")[2], layers[decision.path])
-        ranks = {function: rank for d in decisions for function, rank in _ranks(d).items()}
         try:
-            used = redirect_(owner, children, ranks)
+            used = redirect_(owner, children, _ranks(decisions))
         except TraceError as error:
             raise PlanError(f"expected the forward of {owner_path!r} to be as planned, but: {error}") from error
         for decision in decisions:

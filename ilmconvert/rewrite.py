@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 from torch import Tensor, nn
@@ -10,12 +9,12 @@ from torch import Tensor, nn
 from ilmconvert.errors import PlanError
 from ilmconvert.folding import refuse_folding_
 from ilmconvert.graph.inputs import first_tensor
-from ilmconvert.graph.shadow import copy_model
+from ilmconvert.graph.shadow import copied_together, copy_model
 from ilmconvert.graph.sites import norm_paths
 from ilmconvert.nn import ILMNorm
 from ilmconvert.norms import Entry, build_ilm, class_name, find
 from ilmconvert.plan import Decision, Plan
-from ilmconvert.redirection import call_as_module, get_module, redirect_calls_
+from ilmconvert.redirection import calls_as_modules, get_module, redirect_calls_
 
 __all__ = ["replace_modules_", "rewrite"]
 
@@ -41,8 +40,9 @@ def rewrite(
     result = model if in_place else copy_model(model)
     _check_complete(result, plan)
     fallback = first_tensor(result)
-    norms = {decision.path: _norm(result, decision) for decision in plan.converted}
-    originals = copy.deepcopy(norms)  # together, so that parameters they share stay shared
+    called = calls_as_modules(result, plan)
+    norms = {d.path: called[d.path] if d.site.call else _checked(result, d) for d in plan.converted}
+    originals = dict(zip(norms, copied_together(norms.values()), strict=True))
     layers: dict[str, nn.Module] = {}
     for decision in plan.converted:
         layers[decision.path] = _replacement(norms[decision.path], decision, fallback)
@@ -61,11 +61,6 @@ def _check_complete(model: nn.Module, plan: Plan) -> None:
             f"expected a decision for every norm, but the plan has none for {', '.join(missing[:3])}; make the plan "
             "anew, or skip the norm in it"
         )
-
-
-def _norm(model: nn.Module, decision: Decision) -> nn.Module:
-    """The norm of a decision; a functional one as the torch module that computes the same."""
-    return _checked(model, decision) if decision.site.call is None else call_as_module(model, decision)
 
 
 def _checked(model: nn.Module, decision: Decision) -> nn.Module:

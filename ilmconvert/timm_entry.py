@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from importlib.machinery import ModuleSpec
+
     from torch import nn
 
 __all__ = ["ilmconvert", "when_timm_is_imported"]
@@ -82,8 +81,11 @@ def _register() -> None:
         register_model(ilmconvert)
 
 
-class _AfterTimm(MetaPathFinder):
-    """Lets timm be found as ever, and registers the entry point once it is loaded."""
+class _AfterTimm:
+    """Lets timm be found as ever, and registers the entry point once it is loaded.
+
+    It has no base class: importlib.abc would double the time that ``import ilmconvert`` takes.
+    """
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -91,6 +93,8 @@ class _AfterTimm(MetaPathFinder):
         """The spec of timm, with the registration after its loading; None for everything else."""
         if fullname != "timm":
             return None
+        from importlib.util import find_spec
+
         sys.meta_path.remove(self)
         spec = find_spec(fullname)
         if spec is not None and spec.loader is not None:

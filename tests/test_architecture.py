@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import ilmconvert
 ROOT = Path(__file__).parents[1] / "ilmconvert"
 FLOORS = {
     "errors": 0,
+    "collector": 0.5,
     "jsonable": 0.5,
     "processes": 0.5,
     "metrics": 0.7,
@@ -107,6 +109,10 @@ def test_public_names_are_these() -> None:
 def test_answers_without_importing_torch(arguments: list[str]) -> None:
     code = f"import sys; from ilmconvert_cli.main import main; main({arguments!r}); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def test_version_is_that_of_the_distribution() -> None:
+    assert importlib.metadata.version("ilmconvert") == ilmconvert.__version__
 
 
 def test_files_stay_readable() -> None:

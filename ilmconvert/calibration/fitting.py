@@ -159,7 +159,7 @@ def _predictions(layer: ILMNorm, moments: Tensor) -> tuple[Tensor, Tensor]:
     """``D_w - 1/2`` and ``D_b`` for each instance and channel: ``(A, C)`` each, float64."""
     predictor = layer.predictor
     center, scale = (None if v is None else v.double() for v in (predictor.key_center, predictor.key_scale))
-    features = key_features(moments, center, scale, layer.eps or 0.0)
+    features = key_features(moments[0], moments[1], center, scale, layer.eps or 0.0)
     _, decoded = predict(features, [w.double() for w in predictor.weights()])
     size = layer.num_channels // layer.num_key_groups
     return (decoded[0] / 2).repeat_interleave(size, 1), decoded[1].repeat_interleave(size, 1)

@@ -1,4 +1,4 @@
-"""Finding what runs: tracing with torch.fx, shapes from fake tensors, and the sites that result."""
+"""Finding what runs: tracing with torch.fx, shapes from a run without values, and the sites that result."""
 
 from ilmconvert.graph.inputs import Inputs, example_inputs
 from ilmconvert.graph.sites import Site, SiteSearch, find_sites

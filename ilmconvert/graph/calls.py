@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import accumulate
 from typing import Any, TypeGuard, cast
 
 from torch import Tensor, fx, nn
@@ -161,17 +162,19 @@ def norm_nodes(
     told apart by their order, if both modes make equally many.
     """
     names: dict[tuple[Any, ...], str] = {}
+    taken: Counter[str] = Counter()
     counts = {mode: Counter(_key(node) for node in _norms(graph)) for mode, graph in graphs.items()}
     result: dict[bool, list[tuple[fx.Node, FoundCall]]] = {True: [], False: []}
     for mode in (False, True):
         ordinals: Counter[tuple[Any, ...]] = Counter()
+        reads = {n.target for n in graphs[mode].nodes if n.op == "get_attr" and not harmless_read(n)}
         for node in _norms(graphs[mode]):
             key = _key(node)
             ordinals[key] += 1
             arguments = _arguments(node)
             tensors = {slot: str(v.target) for slot in _SLOTS if _is_attribute(v := arguments.get(slot))}
-            name = _name(names, key if tensors else (*key, ordinals[key]), tensors)
-            refusal = _refusal(node, arguments, owner)
+            name = _name(names, taken, key if tensors else (*key, ordinals[key]), tensors)
+            refusal = _refusal(node, arguments, owner, reads)
             if not tensors and 0 not in (n := {c[key] for c in counts.values()}) and len(n) > 1:
                 refusal = Refusal("functional", "training and evaluation make different numbers of such calls")
             function = function_name(node)
@@ -197,13 +200,16 @@ def _key(node: fx.Node) -> tuple[Any, ...]:
     return function_name(node), repr(sorted((k, repr(v)) for k, v in values))
 
 
-def _name(names: dict[tuple[Any, ...], str], key: tuple[Any, ...], tensors: Mapping[str, str]) -> str:
+def _name(
+    names: dict[tuple[Any, ...], str], taken: Counter[str], key: tuple[Any, ...], tensors: Mapping[str, str]
+) -> str:
+    """The name of a call; ``taken`` counts the names that begin with the same words."""
     if key not in names:
         base = "_".join(
             [key[0].rpartition(".")[2], *(tensors[s].replace(".", "_") for s in ("weight",) if s in tensors)]
         )
-        taken = sum(name == base or name.startswith(f"{base}_") for name in names.values())
-        names[key] = f"{base}_{taken + 1}" if taken else base
+        names[key] = f"{base}_{taken[base] + 1}" if taken[base] else base
+        taken.update(accumulate(names[key].split("_"), "{}_{}".format))
     return names[key]
 
 
@@ -237,7 +243,7 @@ def _signature(function: Any) -> inspect.Signature:
     return inspect.signature(function)
 
 
-def _refusal(node: fx.Node, arguments: Mapping[str, Any], owner: nn.Module) -> Refusal | None:
+def _refusal(node: fx.Node, arguments: Mapping[str, Any], owner: nn.Module, reads: set[Any]) -> Refusal | None:
     function = function_name(node)
     if from_attributes(arguments["input"]):
         return WEIGHT_STANDARDIZATION
@@ -249,8 +255,7 @@ def _refusal(node: fx.Node, arguments: Mapping[str, Any], owner: nn.Module) -> R
             return Refusal("functional", f"its {slot} is computed in the forward pass, so no layer can own it")
         if slot in ("weight", "bias") and _is_attribute(value) and not isinstance(_at(owner, value), nn.Parameter):
             return Refusal("functional", f"its {slot} is not a parameter of the module that calls it")
-    targets = {v.target for slot in _SLOTS if _is_attribute(v := arguments.get(slot))}
-    if any(n.op == "get_attr" and n.target in targets and not harmless_read(n) for n in node.graph.nodes):
+    if reads.intersection(v.target for slot in _SLOTS if _is_attribute(v := arguments.get(slot))):
         return Refusal("parameters-read", "other code computes with its parameters too")
     for name, value in arguments.items():
         if name not in ("input", *_SLOTS) and any(isinstance(v, fx.Node) for v in _flat(value)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import fx, nn
@@ -18,7 +18,7 @@ from ilmconvert.graph.calls import (
 )
 from ilmconvert.graph.explore import Exploration
 from ilmconvert.graph.mentions import mentioned_norms
-from ilmconvert.graph.run import Run, Shapes
+from ilmconvert.graph.run import FunctionalCall, Run, Shapes
 from ilmconvert.graph.tracer import TraceError
 from ilmconvert.norms import Entry, NormSpec, Refusal, find
 
@@ -64,7 +64,10 @@ def functional_norms(model: nn.Module, exploration: Exploration, run: Run) -> tu
     nodes: dict[str, list[fx.Node]] = {}
     for owner, node, _ in exploration.functional:
         nodes.setdefault(owner, []).append(node)
-    owners = dict.fromkeys([*nodes, *(call.owner for call in run.functional)])
+    ran: dict[str, dict[FunctionalCall, Shapes]] = {}
+    for call, shapes in run.functional.items():
+        ran.setdefault(call.owner, {})[call] = shapes
+    owners = dict.fromkeys([*nodes, *ran])
     if not run.completed:
         owners |= dict.fromkeys(_mentioning(model, exploration))
     seen: set[nn.Module] = set()
@@ -73,7 +76,7 @@ def functional_norms(model: nn.Module, exploration: Exploration, run: Run) -> tu
         module = model.get_submodule(owner)
         if module not in seen:
             seen.add(module)
-            result += _of_owner(owner, module, nodes.get(owner, []), run, exploration)
+            result += _of_owner(owner, module, nodes.get(owner, []), ran.get(owner, {}), run, exploration)
     return tuple(result)
 
 
@@ -84,14 +87,18 @@ def _mentioning(model: nn.Module, exploration: Exploration) -> Iterator[str]:
 
 
 def _of_owner(
-    owner: str, module: nn.Module, nodes: list[fx.Node], run: Run, exploration: Exploration
+    owner: str,
+    module: nn.Module,
+    nodes: list[fx.Node],
+    ran: Mapping[FunctionalCall, Shapes],
+    run: Run,
+    exploration: Exploration,
 ) -> Iterator[FunctionalNorm]:
-    ran = {call: shapes for call, shapes in run.functional.items() if call.owner == owner}
     how = "graph" if nodes else "run" if ran else "walk"
     try:
         found = find_calls(module, {c.function: len(shapes[0]) for c, shapes in ran.items() if shapes})
     except TraceError as error:
-        yield from _untraced(owner, module, nodes, run, str(error))
+        yield from _untraced(owner, module, nodes, ran, run.completed, str(error))
         return
     for call in found.calls:
         shapes = found.share(call, [s for c, given in ran.items() if c.function == call.function for s in given])
@@ -142,7 +149,9 @@ def _described(
     )
 
 
-def _untraced(owner: str, module: nn.Module, nodes: list[fx.Node], run: Run, error: str) -> Iterator[FunctionalNorm]:
+def _untraced(
+    owner: str, module: nn.Module, nodes: list[fx.Node], ran: Iterable[FunctionalCall], completed: bool, error: str
+) -> Iterator[FunctionalNorm]:
     """Without the owner's graph, the calls are known by what the whole graph and the run saw."""
     functions = set()
     why = f"torch.fx cannot follow the module that makes the call: {error}"
@@ -150,11 +159,11 @@ def _untraced(owner: str, module: nn.Module, nodes: list[fx.Node], run: Run, err
         functions.add(function := function_name(node))
         x = node.args[0] if node.args else node.kwargs.get("input")
         yield _refused(owner, module, function, from_attributes(x), "graph", why, name=node.name)
-    for call in run.functional:
-        if call.owner == owner and call.function not in functions:
+    for call in ran:
+        if call.function not in functions:
             functions.add(call.function)
             yield _refused(owner, module, call.function, call.on_weight, "run", why, call.reads)
-    for function in sorted(mentioned_norms(module) - functions) if not run.completed else ():
+    for function in sorted(mentioned_norms(module) - functions) if not completed else ():
         yield _refused(owner, module, function, False, "walk", why)
 
 

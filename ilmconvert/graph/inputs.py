@@ -44,6 +44,7 @@ def example_inputs(
     *,
     input_size: Sequence[int] | None = None,
     batch_size: int = 2,
+    make: Callable[..., Tensor] | None = None,
 ) -> Inputs | None:
     """The inputs to run ``model`` with, or None when no size is known.
 
@@ -52,6 +53,7 @@ def example_inputs(
         given: a tensor, a tuple or list of positional arguments, or a dict of keyword arguments.
         input_size: the shape of one sample, without the batch dimension.
         batch_size: samples in a generated input (standard normal values, from a fixed seed).
+        make: makes a tensor of a size instead, where values do not matter.
 
     Raises:
         UsageError: ``given`` is none of those.
@@ -63,8 +65,12 @@ def example_inputs(
         return None
     like = first_tensor(model)
     device, dtype = (None, None) if like is None else (like.device, like.dtype)
-    x = torch.randn(batch_size, *size, generator=torch.Generator().manual_seed(0))
+    x = (make or _normal)(batch_size, *size)
     return Inputs((x.to(device=device, dtype=dtype),))
+
+
+def _normal(*size: int) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(0))
 
 
 def _wrap(given: Any) -> Inputs:

@@ -1,10 +1,9 @@
-"""Run a shadow on fake tensors and record what reaches each norm: order, counts and shapes, whatever torch.fx says."""
+"""Run a shadow, without values, and record what reaches each norm: order, counts and shapes, whatever torch.fx says."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from ilmconvert.graph.inputs import Inputs
+from ilmconvert.graph.meta import MetaMode
 from ilmconvert.graph.tracer import FUNCTIONAL_NORMS
 
 __all__ = ["FunctionalCall", "Run", "record_run"]
@@ -39,14 +39,14 @@ class Run:
     """What one forward pass showed.
 
     Attributes:
-        shapes: norm to its input shapes, in execution order.
+        shapes: canonical path of each norm to its input shapes, in execution order.
         functional: norms that ran as functions, to the shapes of their inputs.
         unusual: owners of such norms that were called with other values than the defaults of their parameters.
         completed: the pass ran to its end.
         error: why it did not.
     """
 
-    shapes: dict[nn.Module, Shapes] = field(default_factory=dict)
+    shapes: dict[str, Shapes] = field(default_factory=dict)
     functional: dict[FunctionalCall, Shapes] = field(default_factory=dict)
     unusual: frozenset[str] = frozenset()
     completed: bool = False
@@ -61,8 +61,8 @@ class _Recorder(TorchFunctionMode):
         self.norms, self.names = norms, {module: name for name, module in model.named_modules()}
         self.running: list[nn.Module] = []
         self.arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        self.shapes: dict[nn.Module, Shapes] = {}
-        self.functional: dict[FunctionalCall, Shapes] = {}
+        self.shapes: dict[str, list[tuple[int, ...]]] = {}
+        self.functional: dict[FunctionalCall, list[tuple[int, ...]]] = {}
         self.unusual: set[str] = set()
         self.homes = {id(p): self.names[norm] for norm in norms for p in norm.parameters(recurse=False)}
 
@@ -71,7 +71,7 @@ class _Recorder(TorchFunctionMode):
         self.arguments.append((args, kwargs))
         if module in self.norms:
             x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
-            self.shapes[module] = (*self.shapes.get(module, ()), () if x is None else tuple(x.shape))
+            self.shapes.setdefault(self.names[module], []).append(() if x is None else tuple(x.shape))
 
     def leave(self, *_: object) -> None:
         self.running.pop()
@@ -91,8 +91,7 @@ class _Recorder(TorchFunctionMode):
         on_weight = isinstance(x, nn.Parameter) or isinstance(base, nn.Parameter)
         reads = next((self.homes[id(v)] for v in (*args[1:], *kwargs.values()) if id(v) in self.homes), None)
         call = FunctionalCall(owner, function, on_weight, reads)
-        shape = tuple(x.shape) if isinstance(x, Tensor) else ()
-        self.functional[call] = (*self.functional.get(call, ()), shape)
+        self.functional.setdefault(call, []).append(tuple(x.shape) if isinstance(x, Tensor) else ())
         if self.running and _unusual(self.running[-1], *self.arguments[-1]):
             self.unusual.add(owner)
 
@@ -105,17 +104,25 @@ def _unusual(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return any(name in given and given[name] is not value for name, value in defaults.items())
 
 
-def record_run(model: nn.Module, inputs: Inputs, mode: FakeTensorMode, norms: set[nn.Module]) -> Run:
-    """Run ``model`` (a shadow made under ``mode``) once; no data is computed."""
+def record_run(model: nn.Module, inputs: Inputs, mode: FakeTensorMode | MetaMode, norms: set[nn.Module]) -> Run:
+    """Run ``model`` (a shadow made under ``mode``, which keeps the hooks) once; no data is computed."""
     recorder = _Recorder(model, norms)
     error: str | None = None
-    with ExitStack() as stack:
-        for module in recorder.names:
-            stack.callback(module.register_forward_pre_hook(recorder.enter, with_kwargs=True, prepend=True).remove)
-            stack.callback(module.register_forward_hook(recorder.leave, always_call=True).remove)
-        try:
-            with mode, torch.no_grad(), recorder:
-                inputs.map(mode.from_tensor)(model)
-        except Exception as failure:  # a forward pass may raise anything; the reason goes into the report
-            error = f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}"
-    return Run(recorder.shapes, recorder.functional, frozenset(recorder.unusual), completed=error is None, error=error)
+    enter, leave = recorder.enter, recorder.leave
+    for module in recorder.names:
+        module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
+        module.register_forward_hook(leave, always_call=True)
+    try:
+        with mode, torch.no_grad(), recorder:
+            inputs.map(mode.from_tensor)(model)
+    except Exception as failure:  # a forward pass may raise anything; the reason goes into the report
+        error = f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}"
+    found = Run(
+        {path: tuple(shapes) for path, shapes in recorder.shapes.items()},
+        {call: tuple(shapes) for call, shapes in recorder.functional.items()},
+        frozenset(recorder.unusual),
+        completed=error is None,
+        error=error,
+    )
+    vars(recorder).clear()  # the modules' hooks hold it: a cycle that would keep them until the garbage collector runs
+    return found

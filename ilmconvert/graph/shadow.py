@@ -7,8 +7,10 @@ on a shadow, that is thrown away with it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from typing import Any
+import copyreg
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parameter import is_lazy
 
 from ilmconvert.errors import ModelError
+from ilmconvert.graph.meta import MetaMode
 
-__all__ = ["copy_model", "refuse_opaque", "shadow"]
+__all__ = ["copied_together", "copy_model", "refuse_opaque", "shadow"]
 
 
 def refuse_opaque(model: nn.Module) -> None:
@@ -49,8 +52,13 @@ def copy_model(model: nn.Module) -> nn.Module:
     return _deepcopy(model, {})
 
 
-def shadow(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """A deep copy whose parameters and buffers are fake: shapes and dtypes without memory."""
+def copied_together(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Deep copies of several modules, in which parameters that they share stay shared."""
+    return list(cast("nn.ModuleList", copy_model(nn.ModuleList(modules))))
+
+
+def shadow(model: nn.Module, mode: FakeTensorMode | MetaMode) -> nn.Module:
+    """A deep copy whose parameters and buffers are fake, or on the meta device: shapes and dtypes without memory."""
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         fake = mode.from_tensor(tensor.detach())
@@ -76,7 +84,8 @@ def _deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     for tensor in _computed_tensors(model):
         memo.setdefault(id(tensor), tensor.detach().clone())
     try:
-        result = copy.deepcopy(model, memo)
+        _copy_modules(model, memo)
+        result: nn.Module = copy.deepcopy(model, memo)
     except Exception as error:
         raise ModelError(
             f"expected a model that copy.deepcopy can copy, got {type(model).__name__}, which fails with: {error}. "
@@ -89,6 +98,43 @@ def _deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
             "copies nothing?); converting would change the model itself"
         )
     return result
+
+
+def _copy_modules(model: nn.Module, memo: dict[int, Any]) -> None:
+    """Put copies of the modules into the ``memo`` of a deep copy, to the same effect in a third of its time.
+
+    Most of what a module holds is empty tables. A class that says itself how it is copied is left to deepcopy.
+    """
+    states = {}
+    for module in model.modules():
+        state = _plain_state(module)
+        if state is not None:
+            memo[id(module)], states[module] = type(module).__new__(type(module)), state
+    for module in reversed(states):  # children first
+        memo[id(module)].__setstate__({name: _copied(value, memo) for name, value in states[module].items()})
+
+
+def _plain_state(module: nn.Module) -> dict[str, Any] | None:
+    """What deepcopy would copy of a module and hand to ``__setstate__``; None if it would do anything else."""
+    if hasattr(module, "__deepcopy__") or type(module) in copyreg.dispatch_table:
+        return None
+    reduced: Any = module.__reduce_ex__(4)
+    if len(reduced) < 3 or reduced[:2] != (copyreg.__newobj__, (type(module),)) or any(reduced[3:]):  # type: ignore[attr-defined]
+        return None
+    return reduced[2] if type(reduced[2]) is dict else None
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    kind = type(value)
+    if value is None or kind in (bool, int, float, str):
+        return value
+    if kind in (dict, OrderedDict, set) and not value:
+        return memo.setdefault(id(value), kind())
+    if kind is dict and id(value) not in memo and all(type(key) is str for key in value):
+        made = memo[id(value)] = {}
+        made.update((key, _copied(inner, memo)) for key, inner in value.items())
+        return made
+    return copy.deepcopy(value, memo)
 
 
 def _computed_tensors(model: nn.Module) -> Iterator[Tensor]:

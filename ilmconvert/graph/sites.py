@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ilmconvert.graph.calls import Call
 from ilmconvert.graph.explore import Exploration
 from ilmconvert.graph.functional import FunctionalNorm, functional_norms
-from ilmconvert.graph.inputs import Inputs
+from ilmconvert.graph.inputs import Inputs, first_tensor
+from ilmconvert.graph.meta import MetaMode
 from ilmconvert.graph.run import Run, record_run
 from ilmconvert.graph.shadow import refuse_opaque, shadow
 from ilmconvert.norms import Entry, NormSpec, Refusal, class_name, find
@@ -114,15 +116,25 @@ def find_sites(model: nn.Module, inputs: Inputs | None = None) -> SiteSearch:
         ModelError: a lazy module, or a model that cannot be copied.
     """
     refuse_opaque(model)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    like = first_tensor(model)
+    mode = MetaMode(torch.device("cpu") if like is None else like.device)
     copy = shadow(model, mode)
     norms = norm_paths(copy)
     exploration = Exploration(copy, set(norms)).explore()
     run = Run() if inputs is None else record_run(copy, inputs, mode, set(norms))
-    in_order = dict.fromkeys([*run.shapes, *exploration.found, *norms])  # what ran first, then what was seen first
+    if run.error and inputs is not None:  # the forward pass asks for more than meta tensors know
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        again = shadow(model, fake)
+        run = record_run(again, inputs, fake, set(norm_paths(again)))
+    ran = (copy.get_submodule(path) for path in run.shapes)
+    in_order = dict.fromkeys([*ran, *exploration.found, *norms])  # what ran first, then what was seen first
     functional = functional_norms(copy, exploration, run)
-    sites = [_site(module, norms[module], exploration, run, functional) for module in in_order]
-    calls = (_call_site(norm, copy) for norm in functional if not norm.reads)
+    readers: dict[str, list[FunctionalNorm]] = {}
+    for norm in functional:
+        readers.setdefault(norm.reads or "", []).append(norm)
+    names = _names(copy, {norm.module for norm in functional})
+    calls = [_call_site(norm, names.get(norm.module, [norm.owner])) for norm in readers.pop("", ())]
+    sites = [_site(module, norms[module], exploration, run, readers) for module in in_order]
     return SiteSearch(
         sites=(*sites, *calls, *_unregistered_sites(copy)),
         untraced=exploration.untraced,
@@ -152,13 +164,14 @@ def _site(
     paths: tuple[str, ...],
     exploration: Exploration,
     run: Run,
-    functional: Sequence[FunctionalNorm],
+    readers: Mapping[str, Sequence[FunctionalNorm]],
 ) -> Site:
     found = find(module)
-    read_by, blocked = _reading(paths, functional, module in exploration.read)
+    reading = [norm for path in paths for norm in readers.get(path, ())]
+    read_by, blocked = _reading(reading, module in exploration.read)
     found = blocked if blocked is not None and isinstance(found, Entry) else found
     entry = found if isinstance(found, Entry) else None
-    shapes = run.shapes.get(module, ())
+    shapes = run.shapes.get(paths[0], ())
     calls: int | None = exploration.calls.get(module)
     if run.completed:
         calls = len(shapes)
@@ -177,11 +190,8 @@ def _site(
     )
 
 
-def _reading(
-    paths: tuple[str, ...], functional: Sequence[FunctionalNorm], read: bool
-) -> tuple[tuple[str, ...], Refusal | None]:
+def _reading(calls: Sequence[FunctionalNorm], read: bool) -> tuple[tuple[str, ...], Refusal | None]:
     """The calls on a norm module's own parameters that can be redirected, or why the module has to stay."""
-    calls = [norm for norm in functional if norm.reads in paths]
     blocked = next((norm.refusal for norm in calls if norm.refusal), None)
     if blocked is not None:
         reason = f"{calls[0].owner or 'the model'} uses its parameters in a function call: {blocked.reason}"
@@ -193,9 +203,17 @@ def _reading(
     return tuple(norm.path for norm in calls), None
 
 
-def _call_site(norm: FunctionalNorm, model: nn.Module) -> Site:
+def _names(model: nn.Module, modules: set[nn.Module]) -> dict[nn.Module, list[str]]:
+    """All qualified names of some modules."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False) if modules else ():
+        if module in modules:
+            names.setdefault(module, []).append(name)
+    return names
+
+
+def _call_site(norm: FunctionalNorm, names: Sequence[str]) -> Site:
     spec = norm.spec
-    names = [n for n, m in model.named_modules(remove_duplicate=False) if m is norm.module] or [norm.owner]
     return Site(
         paths=tuple(f"{name}:{norm.name}" if name else norm.name for name in names),
         norm=norm.function,

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.proxy import ParameterProxy
 
 from ilmconvert.norms import find
 
@@ -41,6 +42,27 @@ class NormTracer(fx.Tracer):
         modules, functions = _timm_leaves()
         super().__init__(autowrap_modules=(math,), autowrap_functions=functions, param_shapes_constant=True)
         self._leaf_types = modules
+        self._names: dict[int, str] = {}  # of the root's parameters
+
+    def trace(self, root: nn.Module | Callable[..., Any], concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """As torch.fx does."""
+        if isinstance(root, nn.Module):
+            self._names = {id(p): name for name, p in root.named_parameters()}
+        return super().trace(root, concrete_args)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        """As torch.fx does, which goes through all parameters of the root for each that is used."""
+        if (name := self._names.get(id(attr_val))) is None:
+            return attr_val
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy(
+                "get_attr",
+                name,
+                (),
+                {},
+                proxy_factory_fn=lambda node: ParameterProxy(self, node, name, attr_val),
+            )
+        return parameter_proxy_cache[name]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether ``m`` stays one node."""
@@ -57,11 +79,14 @@ def trace(module: nn.Module) -> fx.Graph:
     Raises:
         TraceError: its forward cannot be followed symbolically.
     """
+    tracer = NormTracer()
     try:
-        return NormTracer().trace(module, concrete_args=concrete_defaults(module))
+        return tracer.trace(module, concrete_args=concrete_defaults(module))
     except Exception as error:  # forward code may raise anything when it meets a proxy
         message = " ".join(str(error).split()) or type(error).__name__
         raise TraceError(message[:300]) from error
+    finally:
+        vars(tracer).clear()  # a cycle in torch.fx keeps it, and with it the module, until the garbage collector runs
 
 
 def concrete_defaults(module: nn.Module) -> dict[str, Any]:

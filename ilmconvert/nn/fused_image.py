@@ -65,7 +65,7 @@ class _View(NamedTuple):
 
 def _grouped(value: Tensor, groups: int) -> Tensor:
     """``(..., C)`` as ``(..., groups, C / groups)``."""
-    return value.unflatten(-1, (groups, -1))
+    return value.view(*value.shape[:-1], groups, -1)
 
 
 def _pair(scale: Tensor | None, shift: Tensor | None, like: Tensor, channels: int, default: float) -> Tensor:
@@ -122,7 +122,8 @@ class _Image(torch.autograd.Function):
         products, sums = _centered_sums(g, flat, mean, rstd, view.dim)
         gradients = torch.stack(((_grouped(products, groups) * rstd.unsqueeze(2)).view(n, c), sums))
 
-        d_own, d_gains, d_spread = gradients.sum(1), (None, None), gradients
+        d_own, d_spread = gradients.sum(1), gradients
+        d_gains: tuple[Tensor | None, ...] = (None, None)
         if scale_gain is not None:
             d_gains = (gradients * per_channel(_halved(decoded), c)).sum(1).view(2, *scale_gain.shape).unbind()
             d_spread = gradients * _pair(scale_gain, shift_gain, x, c, 1.0)

@@ -106,7 +106,8 @@ class MetaPredictor(nn.Module):
         width, keys = encoder.shape[1:]
         if width < 2 * keys:
             raise ValueError(f"expected at least {2 * keys} hidden features for {keys} key groups, got {width}")
-        self.silence()
+        if width > 2 * keys:  # units are left over
+            self.silence()
         eye = torch.eye(keys, dtype=encoder.dtype, device=encoder.device)
         pairs = torch.cat([eye, -eye])
         encoder[:, : 2 * keys] = pairs

@@ -83,7 +83,7 @@ def build_ilm(module: nn.Module, handler: NormHandler, target: Target, *, like: 
     for name in _HOOKS:
         if name in vars(module):
             value = getattr(module, name)
-            setattr(layer, name, value.copy() if isinstance(value, dict) else value)
+            vars(layer)[name] = value.copy() if isinstance(value, dict) else value
     return layer
 
 
