@@ -109,20 +109,21 @@ def record_run(model: nn.Module, inputs: Inputs, mode: FakeTensorMode | MetaMode
     recorder = _Recorder(model, norms)
     error: str | None = None
     enter, leave = recorder.enter, recorder.leave
+    hooks = []
     for module in recorder.names:
-        module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
-        module.register_forward_hook(leave, always_call=True)
+        hooks.append(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
+        hooks.append(module.register_forward_hook(leave, always_call=True))
     try:
         with mode, torch.no_grad(), recorder:
             inputs.map(mode.from_tensor)(model)
     except Exception as failure:  # a forward pass may raise anything; the reason goes into the report
         error = f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}"
-    found = Run(
+    for hook in hooks:  # or they would follow later calls of a module, and hold it until the garbage collector runs
+        hook.remove()
+    return Run(
         {path: tuple(shapes) for path, shapes in recorder.shapes.items()},
         {call: tuple(shapes) for call, shapes in recorder.functional.items()},
         frozenset(recorder.unusual),
         completed=error is None,
         error=error,
     )
-    vars(recorder).clear()  # the modules' hooks hold it: a cycle that would keep them until the garbage collector runs
-    return found

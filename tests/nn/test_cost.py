@@ -53,7 +53,7 @@ CASES = {  # base norm, arguments, input, operations (views too) in forward and 
         nn.GroupNorm(8, 64),
         {"num_groups": 8, "gains": True, "standardized_keys": True},
         (4, 64, 16, 16),
-        (72, 122),
+        (72, 130),
     ),
     "token": (nn.LayerNorm(64), {"standardization": TOKEN}, (8, 49, 64), (45, 56)),
 }
