@@ -218,6 +218,8 @@ class Parameters(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> Parameters:
         """The same tensors in ``dtype``."""
+        if all(p is None or p.dtype is dtype for p in self):
+            return self
         return Parameters(*(None if p is None else p.to(dtype) for p in self))  # type: ignore[arg-type]
 
 

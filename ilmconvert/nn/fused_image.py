@@ -68,11 +68,15 @@ def _grouped(value: Tensor, groups: int) -> Tensor:
     return value.view(*value.shape[:-1], groups, -1)
 
 
-def _pair(scale: Tensor | None, shift: Tensor | None, like: Tensor, channels: int, default: float) -> Tensor:
-    """The parameters of scale and shift as one ``(2, 1, C)``; ``default`` and 0 or 1 where there are none."""
-    first = like.new_full((channels,), 1.0) if scale is None else scale.view(-1)
-    second = like.new_full((channels,), default) if shift is None else shift.view(-1)
-    return torch.stack((first, second)).unsqueeze(1)
+def _rescaled(
+    own: Tensor | None, gain: Tensor | None, decoded: Tensor, default: float, half: float, channels: int
+) -> Tensor:
+    """``own + gain * decoded * half`` for each instance and channel: from ``(N, K)`` to ``(N, C)``."""
+    if gain is None:
+        spread = per_channel(decoded, channels)
+        return spread * half + default if own is None else torch.add(own, spread, alpha=half)
+    base = own if own is not None else gain.new_full((), default)
+    return torch.addcmul(base, gain, per_channel(decoded, channels), value=half)
 
 
 def _halved(pair: Tensor) -> Tensor:
@@ -98,13 +102,11 @@ class _Image(torch.autograd.Function):
             var, key_var = var * _bessel(c // groups * size), key_var * _bessel(c // keys * size)
         features = key_features(key_var, key_mean, center, key_scale, how.eps)
         hidden, decoded = predict(features, meta)
-        spread = per_channel(_halved(decoded), c)
-        if scale_gain is not None:
-            spread = spread * _pair(scale_gain, shift_gain, x, c, 1.0)
-        scale, shift = (spread + _pair(weight, bias, x, c, 0.0)).unbind()
+        scale = _rescaled(weight, scale_gain, decoded[0], 1.0, 0.5, c)
+        shift = _rescaled(bias, shift_gain, decoded[1], 0.0, 1.0, c)
         y = affine(flat, scale, shift, view.dim, mean, var, how.eps)
         ctx.config, ctx.view = config, view
-        ctx.save_for_backward(x, *tensors, mean, var, scale.clone(), key_mean, key_var, features, hidden, decoded)
+        ctx.save_for_backward(x, *tensors, mean, var, scale, key_mean, key_var, features, hidden, decoded)
         return view.restored(y)
 
     @staticmethod
@@ -126,7 +128,7 @@ class _Image(torch.autograd.Function):
         d_gains: tuple[Tensor | None, ...] = (None, None)
         if scale_gain is not None:
             d_gains = (gradients * per_channel(_halved(decoded), c)).sum(1).view(2, *scale_gain.shape).unbind()
-            d_spread = gradients * _pair(scale_gain, shift_gain, x, c, 1.0)
+            d_spread = gradients * torch.stack((scale_gain, shift_gain)).unsqueeze(1)
         d_decoded = _halved(_grouped(d_spread, keys).sum(3))
         d_features, *d_meta = predict_backward(d_decoded, features, hidden, decoded, tuple(meta))
         d_x = None

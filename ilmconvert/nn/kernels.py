@@ -16,7 +16,7 @@ from torch import Tensor
 __all__ = ["affine", "coarser", "group_sums", "moments", "per_channel"]
 
 _OFFSET = 16.0  # mean^2 / variance from which on a variance by E[x^2] - E[x]^2 is not taken
-_LONG = 1024  # values from which on torch's own reductions are as fast, and sum in cascades
+_LONG = 4096  # values of a group from which on they are summed channel by channel: in parallel, and rounding less
 
 
 def group_sums(g: Tensor, x: Tensor, dim: int, groups: int) -> tuple[Tensor, Tensor]:
@@ -25,21 +25,20 @@ def group_sums(g: Tensor, x: Tensor, dim: int, groups: int) -> tuple[Tensor, Ten
     if torch.compiler.is_compiling() or not x.is_cpu or x.shape[dim] == 1:
         return tuple(t.sum(dim).view(n, groups, -1).sum(2) for t in (g * x, g))  # type: ignore[return-value]
     if dim == 2:
-        rows = x.view(n, groups, -1)
-        return _row_sums(rows if g is x else g.view(n, groups, -1), rows)
-    sums = _column_sums(g, x)
-    return sums if groups == x.shape[2] else tuple(t.view(n, groups, -1).sum(2) for t in sums)  # type: ignore[return-value]
+        pieces = groups if x.numel() < _LONG * groups * n else x.shape[1]
+        sums = _row_sums(g.view(n, pieces, -1), x.view(n, pieces, -1))
+    else:
+        pieces, sums = x.shape[2], _column_sums(g, x)
+    return sums if groups == pieces else tuple(t.view(n, groups, -1).sum(2) for t in sums)  # type: ignore[return-value]
 
 
 def _row_sums(g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    n, groups, size = x.shape
-    if g is x and size >= _LONG:
-        return torch.linalg.vector_norm(x, dim=2).square_(), x.sum(2)
-    flat = (1, n * groups, size)
+    n, rows, size = x.shape
+    flat = (1, n * rows, size)
     _, products, sums = torch.ops.aten.native_group_norm_backward(
         g.view(flat), x.view(flat), x.new_zeros(1, 1), x.new_ones(1, 1), None, *flat, 1, [False, True, True]
     )
-    return products.view(n, groups), sums.view(n, groups)
+    return products.view(n, rows), sums.view(n, rows)
 
 
 def _column_sums(g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,10 +63,10 @@ def moments(x: Tensor, dim: int, groups: int) -> tuple[Tensor, Tensor]:
     if x.shape[dim] == 1:
         mean = x.squeeze(dim)
         return coarser(mean, torch.zeros_like(mean), groups)
-    count = x[0].numel() // groups
+    count = x.numel() // (len(x) * groups)
     var, mean = (total.mul_(1 / count) for total in group_sums(x, x, dim, groups))
     var.addcmul_(mean, mean, value=-1)
-    if torch.addcmul(var, mean, mean, value=-1 / _OFFSET).amin() < 0:
+    if torch.addcmul(var, mean, mean, value=-1 / _OFFSET).amin().item() < 0:
         _recount_(x, dim, mean, var)
     return mean, var
 
