@@ -38,22 +38,30 @@ def geometric_mean(values: list[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
+def with_mean(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows and their geometric mean."""
+    means = {title: geometric_mean([row[title] for row in rows]) for title in list(rows[0])[1:]}
+    return [*rows, {"shape": "geometric mean", **means}]
+
+
 def layers() -> None:
     rows: list[dict[str, Any]] = []
     for shape in IMAGES:
         x, channels = torch.randn(shape), shape[1]
         modules = (speaking(ILMNorm(channels, 32)), AuthorsGroupNorm(channels), nn.GroupNorm(32, channels))
         ours, theirs, _ = interleaved([training_step(m, x) for m in modules])
+        last = x.to(memory_format=torch.channels_last)
+        channels_last, _ = interleaved([training_step(m, last) for m in (modules[0], modules[2])])
         rows.append(
             {
                 "shape": str(shape),
                 "ILM / GroupNorm": ours,
                 "authors' / GroupNorm": theirs,
                 "authors' / ILM": theirs / ours,
+                "ILM / GroupNorm, channels_last": channels_last,
             }
         )
-    means = {title: geometric_mean([row[title] for row in rows]) for title in list(rows[0])[1:]}
-    write("speed_layers", [*rows, {"shape": "geometric mean", **means}], unit="forward and backward, float32, eager")
+    write("speed_layers", with_mean(rows), unit="forward and backward, float32, eager")
     tokens = []
     for shape in TOKENS:
         modules = (token_layer(shape[-1]), nn.LayerNorm(shape[-1]))
@@ -76,7 +84,9 @@ def compiled() -> None:
         rows.append(
             {"shape": str(shape), "compiled ILM / compiled base": fast, "compiled ILM / eager ILM": fast / eager}
         )
-    write("speed_compiled", rows, unit="forward and backward, float32, torch.compile (inductor)")
+    unit = "forward and backward, float32, torch.compile (inductor)"
+    write("speed_compiled", with_mean(rows[: len(IMAGES)]), unit=unit)
+    write("speed_compiled_tokens", rows[len(IMAGES) :], unit=unit)
 
 
 def with_group_norm(model: nn.Module) -> nn.Module:
