@@ -1,0 +1,65 @@
+"""Compiled: one graph, whatever the batch size; in converted models too. Numbers are held to eager ones."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import ilmconvert
+from ilmconvert.nn import ILMNorm, Standardization
+from tests.helpers import relative
+
+LAYERS = {
+    "group": lambda: ILMNorm(48, 6),
+    "batch start": lambda: ILMNorm(48, 1, num_key_groups=1, gains=True, standardized_keys=True),
+    "position": lambda: ILMNorm(48, standardization=Standardization(layout="position")),
+    "rms": lambda: ILMNorm(48, standardization=Standardization(layout="position", center=False, scale_by="rms")),
+}
+
+
+def speaking(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, ILMNorm):
+            for parameter in module.predictor.parameters():
+                nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def run(model: nn.Module, twin: nn.Module, x: Tensor) -> list[Tensor]:
+    """Output and gradients by ``model``, which may be a compiled ``twin``."""
+    y = model(x)
+    return [y, *torch.autograd.grad(y.square().mean(), list(twin.parameters()))]
+
+
+def compiled_once(model: nn.Module, batches: list[Tensor]) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+    for x in batches:
+        for ours, eager in zip(run(compiled, model, x), run(model, model, x), strict=True):
+            assert relative(eager, ours) < 1e-4
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_one_graph_for_every_batch_size(kind: str) -> None:
+    model = speaking(nn.Sequential(nn.Conv2d(3, 48, 3), LAYERS[kind](), nn.ReLU(), nn.Conv2d(48, 4, 1)))
+    compiled_once(model, [torch.randn(n, 3, 9, 9) for n in (2, 3, 6)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "options", "size"),
+    [
+        ("resnet10t", {}, 64),
+        ("vit_tiny_patch16_224", {"depth": 2, "img_size": 64}, 64),
+        ("test_convnext", {}, 64),
+        ("test_efficientnet", {}, 64),
+    ],
+)
+def test_converted_models_compile_to_one_graph(name: str, options: dict[str, int], size: int) -> None:
+    model = speaking(ilmconvert.convert(timm.create_model(name, num_classes=5, **options)).model).eval()
+    compiled_once(model, [torch.randn(n, 3, size, size) for n in (2, 3)])
