@@ -41,7 +41,8 @@ def compiled_once(model: nn.Module, batches: list[Tensor]) -> None:
     compilations = set()
     for x in batches:
         for ours, eager in zip(run(compiled, model, x), run(model, model, x), strict=True):
-            assert relative(eager, ours) < 1e-3  # float32: some gradients are sums that nearly cancel
+            tiny = (eager - ours).abs().max() < 1e-8  # gradients that are sums which cancel to nearly nothing
+            assert relative(eager, ours) < 1e-4 or tiny
         compilations.add(counter.frame_count)
     assert len(compilations) == 1  # none but those of the first batch (of a timm model, converted or not, two)
 
