@@ -159,10 +159,11 @@ def _predictions(layer: ILMNorm, moments: Tensor) -> tuple[Tensor, Tensor]:
     """``D_w - 1/2`` and ``D_b`` for each instance and channel: ``(A, C)`` each, float64."""
     predictor = layer.predictor
     center, scale = (None if v is None else v.double() for v in (predictor.key_center, predictor.key_scale))
-    features = key_features(moments[0], moments[1], center, scale, layer.eps or 0.0)
-    _, decoded = predict(features, [w.double() for w in predictor.weights()])
+    spread = moments[0] if center is None else (moments[0] + (layer.eps or 0.0)).sqrt()
+    features = key_features(spread, moments[1], center, scale)
+    d_scale, d_shift = predict(features, [w.double() for w in predictor.weights()])
     size = layer.num_channels // layer.num_key_groups
-    return (decoded[0] / 2).repeat_interleave(size, 1), decoded[1].repeat_interleave(size, 1)
+    return d_scale.repeat_interleave(size, 1), d_shift.repeat_interleave(size, 1)
 
 
 def _normal_equations(layer: ILMNorm, moments: Tensor, sums: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor]:

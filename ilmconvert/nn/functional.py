@@ -33,6 +33,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "SCALE",
+    "SHIFT",
     "Config",
     "Layout",
     "Parameters",
@@ -40,6 +42,7 @@ __all__ = [
     "autocast_enabled",
     "canonical",
     "check_shape",
+    "decode",
     "group_moments",
     "key_features",
     "plain_ilm_norm",
@@ -48,11 +51,14 @@ __all__ = [
     "standardize",
 ]
 
+SCALE, SHIFT = 0.5, 1.0  # how much of the tanh the prediction is, and of the decoded value the tanh is taken of
 Layout = Literal["sample", "position", "token"]
 
 
 def autocast_enabled(x: Tensor) -> bool:
     """Whether autocast is on for the tensor's device; devices that know no autocast (meta) never have it on."""
+    if not torch._C._is_any_autocast_enabled():
+        return False
     return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
 
 
@@ -159,41 +165,52 @@ def standardize(x: Tensor, shape: tuple[int, ...], groups: int, how: Standardiza
     return (grouped * torch.rsqrt(power + eps)).reshape(x.shape)
 
 
-def key_features(var: Tensor, mean: Tensor, center: Tensor | None, scale: Tensor | None, eps: float) -> Tensor:
-    """What the predictor is shown of the key groups' moments: ``(2, M, K)``.
+def key_features(spread: Tensor, mean: Tensor, center: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What the predictor is shown of the key groups' moments, for the scale and for the shift: two ``(M, K)``.
 
     Args:
-        var, mean: ``(M, K)``, of ``M`` instances.
-        center, scale: ``(2, K)`` of deviation and mean, with standardized keys; else None, and the moments are shown.
-        eps: added to the variance under the root.
+        spread, mean: ``(M, K)``, of ``M`` instances; the spread is ``sqrt(var + eps)`` with standardized keys, else the
+            variance.
+        center, scale: ``(2, K)`` of deviation and mean, with standardized keys.
     """
     if center is None or scale is None:
-        return torch.stack((var, mean))
-    return (torch.stack(((var + eps).sqrt(), mean)) - center.unsqueeze(1)) / scale.unsqueeze(1)
+        return spread, mean
+    return (spread - center[0]) / scale[0], (mean - center[1]) / scale[1]
 
 
-def predict(features: Tensor, meta: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """The auto-encoder, for both key features at once.
+def decode(feature: Tensor, encoder: Tensor, decoder: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    """One branch of the auto-encoder, of which ``factor`` times the second result is the prediction.
 
     Args:
-        features: ``(2, M, K)``: of the scale, then of the shift, of ``M`` instances.
-        meta: encoder ``(e, K / B)``, scale decoder and shift decoder ``(K, e / B)``; with ``B`` blocks, each serves its
-            own part of the key groups and of the embedding, as the groups of a convolution do.
+        feature: ``(M, K)``, of ``M`` instances.
+        encoder, decoder: ``(e, K / B)`` and ``(K, e / B)``; with ``B`` blocks, each serves its own part of the key
+            groups and of the embedding, as the groups of a convolution do.
+        factor: :data:`SCALE` or :data:`SHIFT`.
 
     Returns:
-        The embeddings ``(2, M, e)`` and the decoded ``(2, M, K)``: ``tanh(z / 2)``, which is ``2 D_scale - 1``, and
-        ``D_shift``.
+        The embedding ``(M, e)`` and ``tanh(factor z)`` of the decoded ``z``: ``2 D_scale - 1`` or ``D_shift``.
+    """
+    hidden = torch.relu(_linear(feature, encoder))
+    z = _linear(hidden, decoder)
+    return hidden, torch.tanh(z if factor == 1 else z * factor)
+
+
+def predict(features: tuple[Tensor, Tensor], meta: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """``D_scale - 1/2`` and ``D_shift`` from the features of :func:`key_features`: two ``(M, K)``.
+
+    ``meta`` holds encoder, scale decoder and shift decoder.
     """
     encoder, scale_decoder, shift_decoder = meta
-    decoders = torch.stack((scale_decoder / 2, shift_decoder))
-    blocks = features.shape[2] // encoder.shape[1]
+    _, scale = decode(features[0], encoder, scale_decoder, SCALE)
+    return scale * SCALE, decode(features[1], encoder, shift_decoder, SHIFT)[1]
+
+
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    """``(M, B i)`` through ``(o, i)``, block by block: ``(M, o)``."""
+    blocks = x.shape[1] // weight.shape[1]
     if blocks == 1:
-        hidden = F.relu(F.linear(features, encoder))
-        return hidden, torch.tanh(torch.bmm(hidden, decoders.mT))
-    parts = features.unflatten(2, (blocks, -1))
-    hidden = F.relu(torch.einsum("tmbk,bek->tmbe", parts, encoder.unflatten(0, (blocks, -1))))
-    z = torch.einsum("tmbe,tbke->tmbk", hidden, decoders.unflatten(1, (blocks, -1)))
-    return hidden.flatten(2), torch.tanh(z.flatten(2))
+        return torch.mm(x, weight.t())
+    return torch.einsum("mbi,boi->mbo", x.unflatten(1, (blocks, -1)), weight.unflatten(0, (blocks, -1))).flatten(1)
 
 
 class Parameters(NamedTuple):
@@ -246,17 +263,18 @@ def rescaling(x: Tensor, parameters: Parameters, config: Config) -> tuple[Tensor
     def per_element(parameter: Tensor) -> Tensor:
         return parameter.reshape(1, channels, -1)
 
-    def spread(prediction: Tensor, gain: Tensor | None) -> Tensor:
+    def per_channel(prediction: Tensor, gain: Tensor | None) -> Tensor:
         channelwise = prediction.reshape(mean.shape).repeat_interleave(channels // keys, dim=2).mT
         return channelwise if gain is None else channelwise * per_element(gain)
 
     mean, var = (feature.squeeze(2).mT for feature in group_moments(x, keys, config.how))
     eps = torch.finfo(x.dtype).eps if config.how.eps is None else config.how.eps
     rows = (mean.shape[0] * mean.shape[1], keys)
-    features = key_features(var.reshape(rows), mean.reshape(rows), parameters.key_center, parameters.key_scale, eps)
-    _, decoded = predict(features, parameters[2:5])
-    scale = spread(decoded[0] / 2, parameters.scale_gain)
-    shift = spread(decoded[1], parameters.shift_gain)
+    spread = var if parameters.key_center is None else (var + eps).sqrt()
+    features = key_features(spread.reshape(rows), mean.reshape(rows), parameters.key_center, parameters.key_scale)
+    d_scale, d_shift = predict(features, parameters[2:5])
+    scale = per_channel(d_scale, parameters.scale_gain)
+    shift = per_channel(d_shift, parameters.shift_gain)
     scale = scale + (1.0 if parameters.weight is None else per_element(parameters.weight))
     return scale, shift if parameters.bias is None else shift + per_element(parameters.bias)
 

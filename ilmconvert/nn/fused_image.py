@@ -6,8 +6,9 @@ and channel::
 
     y = scale (x - mean_G) / sqrt(var_G + eps) + shift
 
-Backward, one pass reads ``sum(g x)`` and ``sum(g)`` of each channel, from which all gradients of the parameters follow,
-and, with ``r = 1 / sqrt(var_G + eps)`` and ``a``, ``b`` of the key groups (see :mod:`ilmconvert.nn.gradients`)::
+Backward, one pass reads ``sum(g x^)`` and ``sum(g)`` of each channel, from which all gradients of the parameters
+follow, and, with ``r = 1 / sqrt(var_G + eps)`` and ``a``, ``b`` of the key groups (see
+:mod:`ilmconvert.nn.gradients`)::
 
     dx = r scale g + (a - r^2 S2) x + (b - r S1 + r^2 S2 mean_G)
 
@@ -23,19 +24,29 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ilmconvert.nn.functional import Config, Parameters, key_features, predict
-from ilmconvert.nn.gradients import differentiable, key_slopes, predict_backward, split_saved
-from ilmconvert.nn.kernels import affine, coarser, group_sums, moments, per_channel
+from ilmconvert.nn.branches import Branch, Branches
+from ilmconvert.nn.functional import SCALE, SHIFT, Config, Parameters, key_features
+from ilmconvert.nn.gradients import differentiable, key_slopes, split_saved
+from ilmconvert.nn.kernels import (
+    affine,
+    channel_sums,
+    per_channel,
+    small,
+    standardized,
+    standardized_backward,
+    standardizers,
+)
 
 __all__ = ["image_ilm_norm"]
-
-_FAR = 30.0  # mean over deviation from which on sums are taken of the centered input
 
 
 def image_ilm_norm(x: Tensor, parameters: Parameters, config: Config) -> Tensor:
     """ILM-Norm in layout ``sample`` of ``(N, C, *)``; contiguous and channels_last inputs keep their memory format."""
-    channels_last = not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
-    return _Image.apply(x if channels_last else x.contiguous(), *parameters, config)  # type: ignore[no-any-return]
+    if not x.is_contiguous() and not x.movedim(1, -1).is_contiguous():
+        x = x.contiguous()
+    if not torch.is_grad_enabled():
+        return _image(x, parameters, config)[0]
+    return _Image.apply(x, *parameters, config)  # type: ignore[no-any-return]
 
 
 class _View(NamedTuple):
@@ -57,93 +68,138 @@ class _View(NamedTuple):
     def restored(self, x: Tensor) -> Tensor:
         """A fresh tensor in the input's shape, and not as a view: an activation may overwrite it."""
         if self.dim == 2:
-            return torch.ops.aten._unsafe_view(x, self.shape)  # type: ignore[no-any-return]
+            return x.view(self.shape) if torch.compiler.is_compiling() else x.resize_(self.shape)
         n, c, *inner = self.shape
         y = x.view(n, *inner, c).movedim(-1, 1)
         return y if torch.compiler.is_compiling() else x.as_strided_(y.shape, y.stride())
 
 
-def _grouped(value: Tensor, groups: int) -> Tensor:
-    """``(..., C)`` as ``(..., groups, C / groups)``."""
-    return value.view(*value.shape[:-1], groups, -1)
+class _Call(NamedTuple):
+    """What the backward pass has to know of a call, besides tensors."""
+
+    config: Config
+    view: _View
+    excess: float
+    few: bool
+    far: bool
 
 
-def _rescaled(
-    own: Tensor | None, gain: Tensor | None, decoded: Tensor, default: float, half: float, channels: int
-) -> Tensor:
-    """``own + gain * decoded * half`` for each instance and channel: from ``(N, K)`` to ``(N, C)``."""
-    if gain is None:
-        spread = per_channel(decoded, channels)
-        return spread * half + default if own is None else torch.add(own, spread, alpha=half)
-    base = own if own is not None else gain.new_full((), default)
-    return torch.addcmul(base, gain, per_channel(decoded, channels), value=half)
-
-
-def _halved(pair: Tensor) -> Tensor:
-    """``(2, ...)`` with the first, of the scale, halved: the predictor's ``2 D_scale - 1`` counts half."""
-    pair = pair.clone()
-    pair[0].div_(2)
-    return pair
+def _image(x: Tensor, parameters: Parameters, config: Config) -> tuple[Tensor, _Call, tuple[Tensor, ...]]:
+    """The forward pass: output, and what to keep."""
+    weight, bias, *meta, scale_gain, shift_gain, center, key_scale = parameters
+    channels, groups, keys, how, view = x.shape[1], config.num_groups, config.num_key_groups, config.how, _View.of(x)
+    eps: float = how.eps  # type: ignore[assignment]  # there is one, or this path would not serve
+    excess = _bessel(x, groups) if how.unbiased else 1.0
+    few, far = view.dim == 2 and small(x), True
+    if few:
+        y, (mean, rstd), (key_mean, key_rstd) = standardized(x, groups, keys, eps / excess)
+    else:
+        flat = view.canonical(x)
+        (mean, rstd), (key_mean, key_rstd), far = standardizers(flat, view.dim, groups, keys, eps / excess)
+    if how.unbiased:
+        var = (key_rstd.pow(-2) - eps / excess) * _bessel(x, keys)
+        spread = var if center is None else (var + eps).sqrt()
+    else:
+        spread = key_rstd.pow(-2) - eps if center is None else key_rstd.reciprocal()
+    predicted = Branches.of(key_features(spread, key_mean, center, key_scale), meta)
+    scale = _rescaled(weight, scale_gain, predicted.scale, 1.0, SCALE, channels)
+    shift = _rescaled(bias, shift_gain, predicted.shift, 0.0, SHIFT, channels)
+    if how.unbiased:  # as a biased variance under another eps, with a smaller scale
+        scale = scale / math.sqrt(excess)
+    if few:
+        _grouped(y, channels).mul_(_grouped(scale, channels)).add_(_grouped(shift, channels))
+    else:
+        factor = _grouped(scale, groups) * _grouped(rstd, groups)
+        offset = torch.addcmul(_grouped(shift, groups), factor, _grouped(mean, groups), value=-1)
+        y = view.restored(affine(flat, factor.reshape(scale.shape), offset.reshape(scale.shape), view.dim))
+    kept = mean, rstd, scale, key_mean, spread, *predicted.scale, *predicted.shift
+    return y, _Call(config, view, excess, few, far), kept
 
 
 class _Image(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *parameters: Any) -> Tensor:
         *tensors, config = parameters
-        weight, bias, *meta, scale_gain, shift_gain, center, key_scale = tensors
-        view, how = _View.of(x), config.how
-        flat = view.canonical(x)
-        c, size = x.shape[1], flat.shape[view.dim]
-        groups, keys = config.num_groups, config.num_key_groups
-        finest = moments(flat, view.dim, math.lcm(groups, keys))
-        mean, var = coarser(*finest, groups)
-        key_mean, key_var = coarser(*finest, keys)
-        if how.unbiased:
-            var, key_var = var * _bessel(c // groups * size), key_var * _bessel(c // keys * size)
-        features = key_features(key_var, key_mean, center, key_scale, how.eps)
-        hidden, decoded = predict(features, meta)
-        scale = _rescaled(weight, scale_gain, decoded[0], 1.0, 0.5, c)
-        shift = _rescaled(bias, shift_gain, decoded[1], 0.0, 1.0, c)
-        y = affine(flat, scale, shift, view.dim, mean, var, how.eps)
-        ctx.config, ctx.view = config, view
-        ctx.save_for_backward(x, *tensors, mean, var, scale, key_mean, key_var, features, hidden, decoded)
-        return view.restored(y)
+        y, ctx.call, kept = _image(x, Parameters(*tensors), config)
+        ctx.save_for_backward(x, *tensors, *kept)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         inputs, kept = split_saved(ctx.saved_tensors)
-        config, view = ctx.config, ctx.view
+        config, view, excess, few, far = ctx.call
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return differentiable(config, inputs, grad)
         x, weight, bias, *meta, scale_gain, shift_gain, _, key_scale = inputs
-        mean, var, scale, key_mean, key_var, features, hidden, decoded = kept
-        flat, g = view.canonical(x), view.canonical(grad)
-        (n, c), size = x.shape[:2], flat.shape[view.dim]
-        groups, keys, how = config.num_groups, config.num_key_groups, config.how
-        rstd = torch.rsqrt(var + how.eps)
-        products, sums = _centered_sums(g, flat, mean, rstd, view.dim)
-        gradients = torch.stack(((_grouped(products, groups) * rstd.unsqueeze(2)).view(n, c), sums))
+        mean, rstd, scale, key_mean, spread, *rest = kept
+        predicted = Branches.kept(rest)
+        groups, how = config.num_groups, config.how
+        if few:
+            d_x, products, sums = standardized_backward(grad.contiguous(), x, scale, mean, rstd)
+        else:
+            flat, g = view.canonical(x), view.canonical(grad)
+            products, sums = channel_sums(g, flat, view.dim, mean, rstd, far)
+            factor = _grouped(scale, groups) * _grouped(rstd, groups)
+            second, first = ((factor * _grouped(t, groups)).sum(2) for t in (products, sums))
+        if how.unbiased:
+            products = products / math.sqrt(excess)
+        d_weight, d_scale_gain, d_scale = _own_gradients(products, weight, scale_gain, predicted.scale, SCALE)
+        d_bias, d_shift_gain, d_shift = _own_gradients(sums, bias, shift_gain, predicted.shift, SHIFT)
+        d_spread, d_mean, *d_meta = predicted.backward(d_scale, d_shift, meta)
+        parameters = d_weight, d_bias, *d_meta, d_scale_gain, d_shift_gain, None, None
+        if not ctx.needs_input_grad[0]:
+            return None, *parameters, None
+        keys, size = config.num_key_groups, x[0].numel()
+        if key_scale is not None:
+            d_spread, d_mean = d_spread / (key_scale[0] * spread) * 0.5, d_mean / key_scale[1]  # now of the variance
+        slope, offset = key_slopes(d_spread, d_mean, key_mean, size // keys, how.unbiased)
+        if few:
+            _grouped(d_x, keys).addcmul_(_grouped(x, keys), _grouped(slope, keys)).add_(_grouped(offset, keys))
+            return d_x, *parameters, None
+        second = second * rstd * (-groups / size)
+        first = torch.addcmul(first * (-groups / size), second, mean, value=-1)
+        d_x = affine(g, factor.reshape(scale.shape), _joined(first, offset, x.shape[1]), view.dim)
+        d_x.addcmul_(flat, _joined(second, slope, x.shape[1]).unsqueeze(view.dim))
+        return view.restored(d_x), *parameters, None
 
-        d_own, d_spread = gradients.sum(1), gradients
-        d_gains: tuple[Tensor | None, ...] = (None, None)
-        if scale_gain is not None:
-            d_gains = (gradients * per_channel(_halved(decoded), c)).sum(1).view(2, *scale_gain.shape).unbind()
-            d_spread = gradients * torch.stack((scale_gain, shift_gain)).unsqueeze(1)
-        d_decoded = _halved(_grouped(d_spread, keys).sum(3))
-        d_features, *d_meta = predict_backward(d_decoded, features, hidden, decoded, tuple(meta))
-        d_x = None
-        if ctx.needs_input_grad[0]:
-            d_var, d_mean = _moment_gradients(d_features, key_var, key_scale, how.eps)
-            slope, offset = key_slopes(d_var, d_mean, key_mean, c // keys * size, how.unbiased)
-            count = c // groups * size
-            second, first = (_grouped(scale * gradients, groups).sum(3) * (rstd / count)).unbind()
-            second = second * rstd * (_bessel(count) if how.unbiased else 1.0)
-            offset = _joined(torch.addcmul(-first, second, mean), offset, c)
-            d_x = affine(g, scale, offset, view.dim, torch.zeros_like(mean), var, how.eps)
-            d_x = view.restored(d_x.addcmul_(flat, _joined(-second, slope, c).unsqueeze(view.dim)))
-        d_weight = None if weight is None else d_own[0].view_as(weight)
-        d_bias = None if bias is None else d_own[1].view_as(bias)
-        return d_x, d_weight, d_bias, *d_meta, *d_gains, None, None, None
+
+def _grouped(value: Tensor, groups: int) -> Tensor:
+    """``(N, C)`` as ``(N, groups, C / groups)``, and ``(N, C, *)`` likewise."""
+    return value.view(len(value), groups, -1)
+
+
+def _bessel(x: Tensor, groups: int) -> float:
+    """By how much the unbiased variance of a group exceeds the biased one; a single value has none."""
+    count = x[0].numel() // groups
+    return count / (count - 1) if count > 1 else 1.0
+
+
+def _over(value: Tensor, channels: int) -> Tensor:
+    """``(N, K)`` so that it meets ``(C,)``."""
+    return value if value.shape[1] in (1, channels) else per_channel(value, channels)
+
+
+def _rescaled(
+    own: Tensor | None, gain: Tensor | None, branch: Branch, default: float, factor: float, channels: int
+) -> Tensor:
+    """``own + gain * prediction`` for each instance and channel: ``(N, C)``."""
+    decoded = _over(branch.decoded, channels)
+    own = decoded.new_full((channels,), default) if own is None else own
+    if gain is None:
+        return torch.add(own, decoded, alpha=factor)
+    return torch.addcmul(own, gain, decoded, value=factor)
+
+
+def _own_gradients(
+    total: Tensor, own: Tensor | None, gain: Tensor | None, branch: Branch, factor: float
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """From the gradient of scale or shift, ``(N, C)``, to those of weight or bias, gain, and prediction ``(N, K)``."""
+    keys, channels = branch.decoded.shape[1], total.shape[1]
+    d_own = None if own is None else total.sum(0)
+    if gain is None:
+        return d_own, None, _grouped(total, keys).sum(2)
+    d_gain = (total * _over(branch.decoded, channels)).sum(0)
+    return d_own, d_gain if factor == 1 else d_gain * factor, _grouped(total * gain, keys).sum(2)
 
 
 def _joined(first: Tensor, second: Tensor, channels: int) -> Tensor:
@@ -151,30 +207,3 @@ def _joined(first: Tensor, second: Tensor, channels: int) -> Tensor:
     if first.shape == second.shape:
         return per_channel(first + second, channels)
     return per_channel(first, channels) + per_channel(second, channels)
-
-
-def _centered_sums(g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """``sum(g (x - mean_G))`` and ``sum(g)`` of each channel.
-
-    The difference of the sums loses digits where a mean is large against its deviation; then the input is centered
-    first, which costs a copy of it. A compiler fuses the centering with the sum.
-    """
-    channels = x.shape[3 - dim]
-    center = per_channel(mean, channels)
-    if torch.compiler.is_compiling() or (x.is_cpu and (mean * rstd).abs().amax() > _FAR):
-        return group_sums(g, x - center.unsqueeze(dim), dim, channels)
-    products, sums = group_sums(g, x, dim, channels)
-    return torch.addcmul(products, sums, center, value=-1), sums
-
-
-def _bessel(count: int) -> float:
-    """By how much the unbiased variance exceeds the biased one; a single value has none."""
-    return count / (count - 1) if count > 1 else 1.0
-
-
-def _moment_gradients(d_features: Tensor, var: Tensor, scale: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """From gradients of the key features to those of variance and mean: two ``(N, K)``; see :func:`key_features`."""
-    if scale is None:
-        return d_features[0], d_features[1]
-    d_dev, d_mean = d_features / scale.unsqueeze(1)
-    return d_dev / (var + eps).sqrt().mul_(2), d_mean

@@ -12,11 +12,12 @@ Under torch.compile the same is written as plain arithmetic, which inductor fuse
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ilmconvert.nn.branches import Branches
 from ilmconvert.nn.functional import Config, Parameters
 from ilmconvert.nn.gradients import differentiable, key_slopes, split_saved
 from ilmconvert.nn.kernels import coarser, moments
@@ -30,42 +31,6 @@ def token_ilm_norm(x: Tensor, parameters: Parameters, config: Config) -> Tensor:
     return function.apply(x.contiguous(), *parameters, config)  # type: ignore[no-any-return]
 
 
-class _Keys(NamedTuple):
-    """The key groups' moments ``(M, K)`` and what the predictor makes of them, for the scale and for the shift."""
-
-    mean: Tensor
-    var: Tensor
-    scale_hidden: Tensor
-    shift_hidden: Tensor
-    scale: Tensor
-    shift: Tensor
-
-    @classmethod
-    def of(cls, mean: Tensor, var: Tensor, meta: tuple[Tensor, ...]) -> _Keys:
-        """As :func:`ilmconvert.nn.functional.predict`, without stacking tensors as long as these."""
-        encoder, scale_decoder, shift_decoder = meta
-        scale_hidden, shift_hidden = (torch.mm(feature, encoder.t()).relu_() for feature in (var, mean))
-        scale = torch.mm(scale_hidden, scale_decoder.t() / 2).tanh_()
-        return cls(mean, var, scale_hidden, shift_hidden, scale, torch.mm(shift_hidden, shift_decoder.t()).tanh_())
-
-    def backward(self, d_scale: Tensor, d_shift: Tensor, meta: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """From gradients of the layer's scale and shift to those of variance and mean, and of encoder and decoders."""
-        encoder, scale_decoder, shift_decoder = meta
-        d_z, d_w = (
-            torch.ops.aten.tanh_backward(d, decoded) for d, decoded in ((d_scale, self.scale), (d_shift, self.shift))
-        )
-        d_scale_hidden = torch.ops.aten.threshold_backward(torch.mm(d_z, scale_decoder / 4), self.scale_hidden, 0)
-        d_shift_hidden = torch.ops.aten.threshold_backward(torch.mm(d_w, shift_decoder), self.shift_hidden, 0)
-        d_encoder = torch.mm(d_scale_hidden.t(), self.var) + torch.mm(d_shift_hidden.t(), self.mean)
-        return (
-            torch.mm(d_scale_hidden, encoder),
-            torch.mm(d_shift_hidden, encoder),
-            d_encoder,
-            torch.mm(d_z.t(), self.scale_hidden) / 4,
-            torch.mm(d_w.t(), self.shift_hidden),
-        )
-
-
 class _Token(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *parameters: Any) -> Tensor:
@@ -73,14 +38,14 @@ class _Token(torch.autograd.Function):
         weight, bias, *meta = tensors[:5]
         (channels,) = config.shape
         tokens, rows = x.view(-1, channels), x.view(-1, channels // config.num_key_groups)
-        mean, var = moments(rows.view(len(tokens), config.num_key_groups, -1), 2, config.num_key_groups)
-        keys = _Keys.of(mean, var, tuple(meta))
+        mean, var, _ = moments(rows.view(len(tokens), config.num_key_groups, -1), 2, config.num_key_groups)
+        keys = Branches.of((var, mean), meta)
         y, mu, rstd = torch.native_layer_norm(tokens, (channels,), weight, bias, config.how.eps)
-        slope = keys.scale * (rstd / 2)
-        offset = torch.addcmul(keys.shift, slope, mu, value=-1)
+        slope = keys.scale.decoded * (rstd / 2)
+        offset = torch.addcmul(keys.shift.decoded, slope, mu, value=-1)
         y.view_as(rows).addcmul_(rows, slope.view(-1, 1)).add_(offset.view(-1, 1))
         ctx.config = config
-        ctx.save_for_backward(x, *tensors, mu, rstd, slope, *keys)
+        ctx.save_for_backward(x, *tensors, mu, rstd, slope, *keys.scale, *keys.shift)
         return torch.ops.aten._unsafe_view(y, x.shape)  # type: ignore[no-any-return]  # an activation may overwrite it
 
     @staticmethod
@@ -89,16 +54,16 @@ class _Token(torch.autograd.Function):
         if torch.is_grad_enabled():
             return differentiable(ctx.config, inputs, grad)
         x, weight, bias, *meta = inputs[:6]
-        keys, (channels,) = _Keys(*kept), ctx.config.shape
+        keys, (channels,) = Branches.kept(kept), ctx.config.shape
         tokens, rows = x.view(-1, channels), x.view(-1, channels // ctx.config.num_key_groups)
         g = grad.contiguous().view_as(tokens)
         d_scale, d_shift = _key_sums(g, tokens, mu, rstd, ctx.config.num_key_groups)
-        d_var, d_mean, *d_meta = keys.backward(d_scale, d_shift, tuple(meta[:3]))
+        d_var, d_mean, *d_meta = keys.backward(d_scale, d_shift, meta[:3])
         wanted = [True, weight is not None, bias is not None]
         d_x, d_weight, d_bias = torch.ops.aten.native_layer_norm_backward(
             g, tokens, (channels,), mu, rstd, weight, bias, wanted
         )
-        a, b = key_slopes(d_var, d_mean, keys.mean, rows.shape[1], False)
+        a, b = key_slopes(d_var, d_mean, keys.shift.feature, rows.shape[1], False)
         first, second = ((slope * d).sum(1, keepdim=True) / channels for d in (d_shift, d_scale))
         second.mul_(rstd)
         b.add_(torch.addcmul(-first, second, mu))
@@ -129,28 +94,28 @@ class _Arithmetic(torch.autograd.Function):
         rows = x.view(-1, config.num_key_groups, config.shape[0] // config.num_key_groups)
         mean = rows.mean(2)
         var = (rows - mean.unsqueeze(2)).square().mean(2)  # over few values, twice is faster than once with a pivot
-        keys = _Keys.of(mean, var, tuple(meta))
+        keys = Branches.of((var, mean), meta)
         mu, total = coarser(mean, var, 1)
         rstd = torch.rsqrt(total + config.how.eps)
         standardized = (rows - mu.unsqueeze(2)) * rstd.unsqueeze(2)
         y = _own(weight, rows, 1.0) * standardized + _own(bias, rows, 0.0)
-        y = y + (keys.scale / 2).unsqueeze(2) * standardized + keys.shift.unsqueeze(2)
+        y = y + (keys.scale.decoded / 2).unsqueeze(2) * standardized + keys.shift.decoded.unsqueeze(2)
         ctx.config = config
-        ctx.save_for_backward(x, *tensors, mu, rstd, *keys)
+        ctx.save_for_backward(x, *tensors, mu, rstd, *keys.scale, *keys.shift)
         return y.view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         inputs, (mu, rstd, *kept) = split_saved(ctx.saved_tensors)
         x, weight, bias, *meta = inputs[:6]
-        keys, config = _Keys(*kept), ctx.config
+        keys, config = Branches.kept(kept), ctx.config
         rows = x.view(-1, config.num_key_groups, config.shape[0] // config.num_key_groups)
         g, tokens = grad.reshape(rows.shape), x.view(len(rows), -1) - mu
         flat = grad.reshape(tokens.shape)
         d_scale, d_shift = (g * (rows - mu.unsqueeze(2))).sum(2) * rstd, g.sum(2)
-        d_var, d_mean, *d_meta = keys.backward(d_scale, d_shift, tuple(meta[:3]))
-        a, b = key_slopes(d_var, d_mean, keys.mean, rows.shape[2], False)
-        half, weighted = keys.scale / 2, flat if weight is None else flat * weight
+        d_var, d_mean, *d_meta = keys.backward(d_scale, d_shift, meta[:3])
+        a, b = key_slopes(d_var, d_mean, keys.shift.feature, rows.shape[2], False)
+        half, weighted = keys.scale.decoded / 2, flat if weight is None else flat * weight
         first = (weighted.sum(1, keepdim=True) + (half * d_shift).sum(1, keepdim=True)) / tokens.shape[1]
         second = (weighted * tokens).sum(1, keepdim=True) * rstd + (half * d_scale).sum(1, keepdim=True)
         second = second * rstd / tokens.shape[1]

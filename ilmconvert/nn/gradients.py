@@ -1,4 +1,4 @@
-"""What the backward passes of the fused paths share: the predictor's, and second derivatives by the plain formula.
+"""What the backward passes of the fused paths share, besides the predictor's own (:mod:`ilmconvert.nn.branches`).
 
 With the means ``m`` and variances ``s`` of key groups of ``n`` values, and their gradients ``dm`` and ``ds``, what
 flows back through the predictor into the input is an affine map of the input for each key group::
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ilmconvert.nn.functional import Config, Parameters, plain_ilm_norm
 
-__all__ = ["differentiable", "key_slopes", "predict_backward", "split_saved"]
+__all__ = ["differentiable", "key_slopes", "split_saved"]
 
 
 def split_saved(saved: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -34,39 +34,7 @@ def differentiable(config: Config, inputs: tuple[Tensor, ...], grad: Tensor) -> 
     return tuple(grads)
 
 
-def predict_backward(
-    d_decoded: Tensor, features: Tensor, hidden: Tensor, decoded: Tensor, meta: tuple[Tensor, ...]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the features ``(2, M, K)`` and of encoder, scale decoder and shift decoder.
-
-    See :func:`ilmconvert.nn.functional.predict`.
-    """
-    encoder, scale_decoder, shift_decoder = meta
-    decoders = torch.stack((scale_decoder / 2, shift_decoder))
-    d_z = torch.ops.aten.tanh_backward(d_decoded, decoded)
-    if encoder.shape[1] != features.shape[2]:
-        return _blocks_backward(d_z, features, hidden, encoder, decoders)
-    d_decoders = torch.bmm(d_z.mT, hidden)
-    d_hidden = torch.ops.aten.threshold_backward(torch.bmm(d_z, decoders), hidden, 0)
-    d_encoder = d_hidden.flatten(0, 1).T @ features.flatten(0, 1)
-    return d_hidden @ encoder, d_encoder, d_decoders[0] / 2, d_decoders[1]
-
-
-def _blocks_backward(
-    d_z: Tensor, features: Tensor, hidden: Tensor, encoder: Tensor, decoders: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`predict_backward`, for a predictor in blocks, from the gradient before the tanh."""
-    blocks = features.shape[2] // encoder.shape[1]
-    d_z, features, hidden = (t.unflatten(2, (blocks, -1)) for t in (d_z, features, hidden))
-    encoder, decoders = encoder.unflatten(0, (blocks, -1)), decoders.unflatten(1, (blocks, -1))
-    d_decoders = torch.einsum("tmbk,tmbe->tbke", d_z, hidden).flatten(1, 2)
-    d_hidden = torch.einsum("tmbk,tbke->tmbe", d_z, decoders) * (hidden > 0)
-    d_encoder = torch.einsum("tmbe,tmbk->bek", d_hidden, features).flatten(0, 1)
-    d_features = torch.einsum("tmbe,bek->tmbk", d_hidden, encoder).flatten(2)
-    return d_features, d_encoder, d_decoders[0] / 2, d_decoders[1]
-
-
 def key_slopes(d_var: Tensor, d_mean: Tensor, mean: Tensor, count: int, unbiased: bool) -> tuple[Tensor, Tensor]:
     """``a`` and ``b`` of the module docstring, for key groups of ``count`` values."""
     slope = d_var * (2 / max(count - int(unbiased), 1))
-    return slope, torch.addcmul(d_mean / count, slope, mean, value=-1)
+    return slope, torch.addcmul(d_mean * (1 / count), slope, mean, value=-1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any, Literal, get_args
 
 import torch
@@ -141,7 +140,7 @@ class ILMNorm(nn.Module):
                 f"{type(self).__name__} has no {name!r}: it takes its statistics from each instance, so it cannot be "
                 "folded into a convolution; revert the conversion (Conversion.revert) before fusing the model"
             )
-        return super().__getattr__(name)
+        return nn.Module.__getattr__(self, name)
 
     @property
     def num_channels(self) -> int:
@@ -172,16 +171,17 @@ class ILMNorm(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (torch's norms call it so, and may be called by keyword)
         """Normalize ``input``."""
+        predictor = self.predictor
         return ilm_norm(
             input,
             Parameters(
                 self.weight,
                 self.bias,
-                *self.predictor.weights(),
+                *predictor.weights(),
                 self.scale_gain,
                 self.shift_gain,
-                self.predictor.key_center,
-                self.predictor.key_scale,
+                predictor.key_center,
+                predictor.key_scale,
             ),
             Config(self.normalized_shape, self.num_groups, self.num_key_groups, self.standardization),
         )
@@ -249,16 +249,26 @@ def ilm_norm(x: Tensor, parameters: Parameters, config: Config) -> Tensor:
     if x.ndim == how.unbatched_ndim:
         return ilm_norm(x.unsqueeze(0), parameters, config).squeeze(0)
     check_shape(x, how.layout, config.shape)
-    dtype = how.output_dtype(x, parameters.weight)
+    autocast = autocast_enabled(x)
+    dtype = how.output_dtype(x, parameters.weight) if autocast or how.output == "promoted" else x.dtype
     if x.numel() == 0:  # no instance, no statistics
         return x.to(dtype, copy=True)
-    with torch.autocast(x.device.type, enabled=False) if autocast_enabled(x) else nullcontext():
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        same = parameters.to(wide.dtype)
-        if is_silent(wide, same):
-            return base_norm(wide, same, config).to(dtype)
-        y = fused_ilm_norm(wide, same, config)
-        return (plain_ilm_norm(wide, same, config) if y is None else y).to(dtype)
+    if x.dtype not in (torch.float32, torch.float64):
+        x = x.to(torch.float32)
+    parameters = parameters.to(x.dtype)
+    if autocast:
+        with torch.autocast(x.device.type, enabled=False):
+            y = _computed(x, parameters, config)
+    else:
+        y = _computed(x, parameters, config)
+    return y if y.dtype is dtype else y.to(dtype)
+
+
+def _computed(x: Tensor, parameters: Parameters, config: Config) -> Tensor:
+    if is_silent(x, parameters):
+        return base_norm(x, parameters, config)
+    y = fused_ilm_norm(x, parameters, config)
+    return plain_ilm_norm(x, parameters, config) if y is None else y
 
 
 torch.fx.wrap("ilm_norm")  # a plain symbolic_trace records one call instead of tracing through it

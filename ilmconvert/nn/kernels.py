@@ -3,72 +3,153 @@
 A tensor is seen as ``(N, C, S)`` (``dim`` 2: contiguous) or ``(N, S, C)`` (``dim`` 1: channels_last), ``dim`` being
 the one of the ``S`` positions. Sums and moments are ``(N, groups)``, of groups of channels and their positions.
 
-On the CPU, a backward kernel is the fastest reduction torch has: asked for the gradients of scale and shift alone, with
-mean 0 and deviation 1, it returns ``sum(g x)`` and ``sum(g)`` from one pass over both; and Batch Norm's evaluation is
-the fastest affine map. Under torch.compile all of them are written as plain arithmetic, which inductor fuses.
+On the CPU, a backward kernel is the fastest reduction torch has: asked for the gradients of scale and shift alone, it
+returns ``sum(g x^)`` and ``sum(g)`` from one pass over both. With the channels of all samples taken for those of one,
+Group Norm takes a scale and a shift per instance and channel, and Batch Norm's evaluation is the fastest affine map.
+Under torch.compile all of them are written as plain arithmetic, which inductor fuses.
 """
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-__all__ = ["affine", "coarser", "group_sums", "moments", "per_channel"]
+__all__ = [
+    "Moments",
+    "affine",
+    "channel_sums",
+    "coarser",
+    "moments",
+    "per_channel",
+    "small",
+    "standardized",
+    "standardized_backward",
+    "standardizers",
+]
 
 _OFFSET = 16.0  # mean^2 / variance from which on a variance by E[x^2] - E[x]^2 is not taken
+_FAR = 4096.0  # mean^2 / variance, summed, from which on the sums of a backward pass are taken of the centered input
 _LONG = 4096  # values of a group from which on they are summed channel by channel: in parallel, and rounding less
+_SMALL = 2**19  # values of a tensor up to which a pass over it is cheaper than another kind of operation
+
+_norm_backward = torch.ops.aten.native_group_norm_backward.default
+_token_backward = torch.ops.aten.native_layer_norm_backward.default
 
 
-def group_sums(g: Tensor, x: Tensor, dim: int, groups: int) -> tuple[Tensor, Tensor]:
-    """``sum(g x)`` and ``sum(g)`` of each group: two ``(N, groups)``."""
-    n = len(x)
-    if torch.compiler.is_compiling() or not x.is_cpu or x.shape[dim] == 1:
-        return tuple(t.sum(dim).view(n, groups, -1).sum(2) for t in (g * x, g))  # type: ignore[return-value]
-    if dim == 2:
-        pieces = groups if x.numel() < _LONG * groups * n else x.shape[1]
-        sums = _row_sums(g.view(n, pieces, -1), x.view(n, pieces, -1))
-    else:
-        pieces, sums = x.shape[2], _column_sums(g, x)
-    return sums if groups == pieces else tuple(t.view(n, groups, -1).sum(2) for t in sums)  # type: ignore[return-value]
+_Pair = tuple[Tensor, Tensor]
 
 
-def _row_sums(g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    n, rows, size = x.shape
-    flat = (1, n * rows, size)
-    _, products, sums = torch.ops.aten.native_group_norm_backward(
-        g.view(flat), x.view(flat), x.new_zeros(1, 1), x.new_ones(1, 1), None, *flat, 1, [False, True, True]
+class Moments(NamedTuple):
+    """Mean and (biased) variance of each group, and whether any may lie far from zero against its deviation."""
+
+    mean: Tensor
+    var: Tensor
+    far: bool
+
+
+def _by_kernels(x: Tensor, dim: int) -> bool:
+    return x.is_cpu and x.shape[dim] > 1 and not torch.compiler.is_compiling()
+
+
+def small(x: Tensor) -> bool:
+    """Whether torch's Group Norm kernels serve best, as they are: more passes over memory, fewer operations."""
+    return (
+        x.is_cpu and x.numel() <= _SMALL and x.numel() > x.shape[0] * x.shape[1] and not torch.compiler.is_compiling()
     )
-    return products.view(n, rows), sums.view(n, rows)
+
+
+def _far(mean: Tensor, rstd: Tensor) -> bool:
+    ratio = (mean * rstd).view(1, -1)
+    return torch.mm(ratio, ratio.t()).item() > _FAR
+
+
+def standardized(x: Tensor, groups: int, keys: int, eps: float) -> tuple[Tensor, _Pair, _Pair]:
+    """``x^`` of a small ``(N, C, *)``, and :func:`standardizers`."""
+    n, c = x.shape[:2]
+    size = x.numel() // (n * c)
+    y, *own = torch.native_group_norm(x, None, None, n, c, size, groups, eps)
+    key = own if keys == groups else torch.native_group_norm(x, None, None, n, c, size, keys, eps)[1:]
+    return y, tuple(own), tuple(key)  # type: ignore[return-value]
+
+
+def standardized_backward(
+    g: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of a small ``(N, C, *)`` from that of ``scale x^``, and :func:`channel_sums`.
+
+    Where a mean is large against its deviation the kernel's sums would lose digits; the input is centered first then.
+    """
+    n, groups = mean.shape
+    rows = scale.numel()
+    if _far(mean, rstd):
+        x, mean = (x.view(n, groups, -1) - mean.unsqueeze(2)).view(g.shape), mean - mean
+    d_x, products, sums = _norm_backward(
+        g, x, mean, rstd, scale, 1, rows, x.numel() // rows, n * groups, [True, True, True]
+    )
+    return d_x, products.view(scale.shape), sums.view(scale.shape)
+
+
+def standardizers(x: Tensor, dim: int, groups: int, keys: int, eps: float) -> tuple[_Pair, _Pair, bool]:
+    """Mean and ``1 / sqrt(var + eps)`` of the norm groups and of the key groups, and :attr:`Moments.far`."""
+    mean, var, far = moments(x, dim, math.lcm(groups, keys))
+
+    def of(count: int) -> _Pair:
+        center, spread = coarser(mean, var, count)
+        return center, torch.rsqrt(spread + eps)
+
+    own = of(groups)
+    return own, own if keys == groups else of(keys), far
+
+
+def moments(x: Tensor, dim: int, groups: int) -> Moments:
+    """Of each group: two ``(N, groups)``."""
+    if torch.compiler.is_compiling():
+        return Moments(*coarser(*_pivoted(x, dim), groups), True)
+    if not x.is_cpu:  # a look at the values would wait for the device
+        var, mean = torch.var_mean(x, dim, correction=0)
+        return Moments(*coarser(mean, var, groups), False)
+    n = len(x)
+    if x.shape[dim] == 1:
+        values = x.view(n, -1)
+        return Moments(*coarser(values, torch.zeros_like(values), groups), True)
+    count = x.numel() // (n * groups)
+    var, mean = (total.mul_(1 / count) for total in _group_sums(x, dim, groups))
+    var.addcmul_(mean, mean, value=-1)
+    far = torch.addcmul(var, mean, mean, value=-1 / _OFFSET).amin().item() < 0
+    if far:
+        _recount_(x, dim, mean, var)
+    return Moments(mean, var, far)
+
+
+def _group_sums(x: Tensor, dim: int, groups: int) -> tuple[Tensor, Tensor]:
+    """``sum(x^2)`` and ``sum(x)`` of each group: two ``(N, groups)``."""
+    n = len(x)
+    if dim == 1:
+        pieces, sums = x.shape[2], _column_sums(x, x)
+    else:
+        pieces = groups if x.numel() < _LONG * groups * n else x.shape[1]
+        rows = x.view(1, n * pieces, -1)
+        none, one = x.new_zeros(1, 1), x.new_ones(1, 1)
+        _, power, total = _norm_backward(rows, rows, none, one, None, *rows.shape, 1, [False, True, True])
+        sums = power, total
+    if pieces == groups:
+        return sums[0].view(n, groups), sums[1].view(n, groups)
+    return sums[0].view(n, groups, -1).sum(2), sums[1].view(n, groups, -1).sum(2)
 
 
 def _column_sums(g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """``sum(g x)`` and ``sum(g)`` of each channel of ``(N, S, C)``: two ``(N, C)``."""
     _, size, c = x.shape
     mean, rstd, weight = x.new_zeros(size, 1), x.new_ones(size, 1), x.new_empty(c)
-    kernel = torch.ops.aten.native_layer_norm_backward
     found = [
-        kernel(own, sample, (c,), mean, rstd, weight, weight, [False, True, True])[1:]
+        _token_backward(own, sample, (c,), mean, rstd, weight, weight, [False, True, True])[1:]
         for own, sample in zip(g.unbind(), x.unbind(), strict=True)
     ]
     products, sums = zip(*found, strict=True)
     return torch.stack(products), torch.stack(sums)
-
-
-def moments(x: Tensor, dim: int, groups: int) -> tuple[Tensor, Tensor]:
-    """Mean and (biased) variance of each group: two ``(N, groups)``."""
-    if torch.compiler.is_compiling():
-        return coarser(*_pivoted(x, dim), groups)
-    if not x.is_cpu:  # a look at the values would wait for the device
-        var, mean = torch.var_mean(x, dim, correction=0)
-        return coarser(mean, var, groups)
-    if x.shape[dim] == 1:
-        mean = x.squeeze(dim)
-        return coarser(mean, torch.zeros_like(mean), groups)
-    count = x.numel() // (len(x) * groups)
-    var, mean = (total.mul_(1 / count) for total in group_sums(x, x, dim, groups))
-    var.addcmul_(mean, mean, value=-1)
-    if torch.addcmul(var, mean, mean, value=-1 / _OFFSET).amin().item() < 0:
-        _recount_(x, dim, mean, var)
-    return mean, var
 
 
 def _recount_(x: Tensor, dim: int, mean: Tensor, var: Tensor) -> None:
@@ -102,27 +183,45 @@ def coarser(mean: Tensor, var: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     return center, var.view(n, groups, -1).mean(2) + spread
 
 
-def affine(x: Tensor, scale: Tensor, shift: Tensor, dim: int, mean: Tensor, var: Tensor, eps: float) -> Tensor:
-    """``scale (x - mean) / sqrt(var + eps) + shift`` as a fresh tensor.
+def affine(x: Tensor, factor: Tensor, offset: Tensor, dim: int) -> Tensor:
+    """``factor x + offset`` as a fresh tensor, both per instance and channel: ``(N, C)``."""
+    if dim == 1 or not _by_kernels(x, dim):
+        return torch.addcmul(offset.unsqueeze(dim), x, factor.unsqueeze(dim))
+    rows = factor.numel()
+    none, one = x.new_zeros(rows), x.new_ones(rows)
+    flat, factor, offset = x.view(1, rows, -1), factor.reshape(rows), offset.reshape(rows)
+    return torch.native_batch_norm(flat, factor, offset, none, one, False, 0.0, 0.0)[0].resize_(x.shape)
+
+
+def channel_sums(g: Tensor, x: Tensor, dim: int, mean: Tensor, rstd: Tensor, far: bool) -> tuple[Tensor, Tensor]:
+    """``sum(g x^)`` and ``sum(g)`` of each channel: two ``(N, C)``.
+
+    The difference of sums that the kernels make loses digits where a mean is large against its deviation; then the
+    input is centered first, which costs a copy of it. A compiler fuses the centering with the sum.
 
     Args:
-        x: the tensor.
-        scale, shift: per instance and channel, ``(N, C)``.
-        dim: where its positions are.
-        mean, var: ``(N, groups)``.
-        eps: added to the variance.
+        g, x: the tensors.
+        dim: where their positions are.
+        mean, rstd: what ``x^`` is made with, ``(N, groups)``.
+        far: whether some mean may be so large.
     """
-    if dim == 1 or x.shape[2] == 1 or torch.compiler.is_compiling() or not x.is_cpu:
-        grouped = (len(x), mean.shape[1], -1)
-        factor = scale.view(grouped) * torch.rsqrt(var + eps).unsqueeze(2)
-        offset = torch.addcmul(shift.view(grouped), factor, mean.unsqueeze(2), value=-1)
-        return torch.addcmul(offset.view_as(shift).unsqueeze(dim), x, factor.view_as(scale).unsqueeze(dim))
-    rows = scale.numel()
-    center, spread = (per_channel(t, scale.shape[1]).reshape(rows) for t in (mean, var))
-    flat = x.view(1, rows, -1)
-    return torch.native_batch_norm(flat, scale.reshape(rows), shift.reshape(rows), center, spread, False, 0.0, eps)[
-        0
-    ].view(x.shape)
+    n, groups = mean.shape
+    channels = x.shape[3 - dim]
+    centered = far and (torch.compiler.is_compiling() or _far(mean, rstd))
+    if centered:
+        center = mean.unsqueeze(2) if dim == 2 else per_channel(mean, channels).unsqueeze(1)
+        x = (x.view(n, groups, -1) - center).view_as(x) if dim == 2 else x - center
+        mean = torch.zeros_like(mean)
+    if dim == 2 and _by_kernels(x, dim):
+        rows = (1, n * channels, x.shape[2])
+        _, products, sums = _norm_backward(
+            g.view(rows), x.view(rows), mean.view(1, -1), rstd.view(1, -1), None, *rows, n * groups, [False, True, True]
+        )
+        return products.view(n, channels), sums.view(n, channels)
+    products, sums = _column_sums(g, x) if dim == 1 and _by_kernels(x, dim) else ((g * x).sum(dim), g.sum(dim))
+    if not centered:
+        products = torch.addcmul(products, sums, per_channel(mean, channels), value=-1)
+    return products * per_channel(rstd, channels), sums
 
 
 def per_channel(value: Tensor, channels: int) -> Tensor:

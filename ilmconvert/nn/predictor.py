@@ -22,7 +22,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ilmconvert.nn.functional import predict
+from ilmconvert.nn.functional import key_features, predict
 
 __all__ = ["MetaPredictor"]
 
@@ -123,8 +123,6 @@ class MetaPredictor(nn.Module):
 
     def forward(self, means: Tensor, variances: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``D_scale - 1/2`` and ``D_shift``, computed in the dtype of the key features."""
-        features = torch.stack((variances, means)).reshape(2, -1, means.shape[-1])
-        if self.key_center is not None and self.key_scale is not None:
-            features = (features - self.key_center.unsqueeze(1)) / self.key_scale.unsqueeze(1)
-        _, decoded = predict(features, self.weights())
-        return decoded[0].reshape(means.shape) / 2, decoded[1].reshape(means.shape)
+        spreads, centers = (t.reshape(-1, t.shape[-1]) for t in (variances, means))
+        scale, shift = predict(key_features(spreads, centers, self.key_center, self.key_scale), self.weights())
+        return scale.reshape(means.shape), shift.reshape(means.shape)

@@ -19,9 +19,16 @@ __all__ = ["base_norm", "is_silent"]
 def is_silent(x: Tensor, parameters: Parameters) -> bool:
     """Whether the predictor is known to add nothing here, and nothing is to be learned from it.
 
-    Only on the CPU: on other devices a look at the weights would wait for all work before it.
+    Only on the CPU: on other devices a look at the weights would wait for all work before it. And not with gains: such
+    a predictor speaks from the start, and the look would be in vain.
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not x.is_cpu or transformed(x):
+    if (
+        parameters.scale_gain is not None
+        or torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or not x.is_cpu
+        or transformed(x)
+    ):
         return False
     return not (bool(parameters.scale_decoder.any()) or bool(parameters.shift_decoder.any()))
 

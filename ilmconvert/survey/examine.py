@@ -131,7 +131,7 @@ def _examine(task: Task, notes: _Notes) -> None:
 def _check_size(task: Task, source: Library) -> None:
     if task.options.max_parameters is None:
         return
-    with torch.device("meta"):
+    with torch.device("cpu" if source.needs_values(task.name) else "meta"):
         size = sum(p.numel() for p in source.build(task.name).parameters())
     if size > task.options.max_parameters:
         raise _LeftOutError(f"{size:,} parameters, more than the {task.options.max_parameters:,} asked for")
