@@ -5,8 +5,8 @@ the one of the ``S`` positions. Sums and moments are ``(N, groups)``, of groups 
 
 On the CPU, a backward kernel is the fastest reduction torch has: asked for the gradients of scale and shift alone, it
 returns ``sum(g x^)`` and ``sum(g)`` from one pass over both. With the channels of all samples taken for those of one,
-Group Norm takes a scale and a shift per instance and channel, and Batch Norm's evaluation is the fastest affine map.
-Under torch.compile all of them are written as plain arithmetic, which inductor fuses.
+it takes a scale per instance and channel, and Batch Norm's evaluation is the fastest affine map. Under torch.compile all
+of them are written as plain arithmetic, which inductor fuses.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ _SMALL = 2**19  # values of a tensor up to which a pass over it is cheaper than 
 
 _norm_backward = torch.ops.aten.native_group_norm_backward.default
 _token_backward = torch.ops.aten.native_layer_norm_backward.default
-
 
 _Pair = tuple[Tensor, Tensor]
 
