@@ -5,8 +5,8 @@ the one of the ``S`` positions. Sums and moments are ``(N, groups)``, of groups 
 
 On the CPU, a backward kernel is the fastest reduction torch has: asked for the gradients of scale and shift alone, it
 returns ``sum(g x^)`` and ``sum(g)`` from one pass over both. With the channels of all samples taken for those of one,
-it takes a scale per instance and channel, and Batch Norm's evaluation is the fastest affine map. Under torch.compile all
-of them are written as plain arithmetic, which inductor fuses.
+it takes a scale per instance and channel, and Batch Norm's evaluation is the fastest affine map. Under torch.compile
+all of them are written as plain arithmetic, which inductor fuses.
 """
 
 from __future__ import annotations
@@ -55,9 +55,8 @@ def _by_kernels(x: Tensor, dim: int) -> bool:
 
 def small(x: Tensor) -> bool:
     """Whether torch's Group Norm kernels serve best, as they are: more passes over memory, fewer operations."""
-    return (
-        x.is_cpu and x.numel() <= _SMALL and x.numel() > x.shape[0] * x.shape[1] and not torch.compiler.is_compiling()
-    )
+    n, c = x.shape[:2]
+    return not torch.compiler.is_compiling() and x.is_cpu and n * c < x.numel() <= _SMALL
 
 
 def _far(mean: Tensor, rstd: Tensor) -> bool:
