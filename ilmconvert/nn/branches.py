@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ilmconvert.nn.functional import SCALE, SHIFT, decode
+from ilmconvert.nn.functional import decode
 
 __all__ = ["Branch", "Branches"]
 
@@ -57,7 +57,7 @@ class Branches(NamedTuple):
         """As :func:`ilmconvert.nn.functional.predict`."""
         encoder, scale_decoder, shift_decoder = meta
         return cls(
-            Branch.of(features[0], encoder, scale_decoder, SCALE), Branch.of(features[1], encoder, shift_decoder, SHIFT)
+            Branch.of(features[0], encoder, scale_decoder, 0.5), Branch.of(features[1], encoder, shift_decoder, 1.0)
         )
 
     @classmethod
@@ -68,8 +68,8 @@ class Branches(NamedTuple):
     def backward(self, d_scale: Tensor, d_shift: Tensor, meta: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Gradients of both features, of the encoder and of both decoders from those of the predictions."""
         encoder, scale_decoder, shift_decoder = meta
-        d_first, d_encoder, d_scale_decoder = self.scale.backward(d_scale, encoder, scale_decoder, SCALE)
-        d_second, d_encoder_too, d_shift_decoder = self.shift.backward(d_shift, encoder, shift_decoder, SHIFT)
+        d_first, d_encoder, d_scale_decoder = self.scale.backward(d_scale, encoder, scale_decoder, 0.5)
+        d_second, d_encoder_too, d_shift_decoder = self.shift.backward(d_shift, encoder, shift_decoder, 1.0)
         return d_first, d_second, d_encoder.add_(d_encoder_too), d_scale_decoder, d_shift_decoder
 
 

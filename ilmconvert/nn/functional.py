@@ -33,8 +33,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
-    "SCALE",
-    "SHIFT",
     "Config",
     "Layout",
     "Parameters",
@@ -51,7 +49,6 @@ __all__ = [
     "standardize",
 ]
 
-SCALE, SHIFT = 0.5, 1.0  # how much of the tanh the prediction is, and of the decoded value the tanh is taken of
 Layout = Literal["sample", "position", "token"]
 
 
@@ -185,7 +182,7 @@ def decode(feature: Tensor, encoder: Tensor, decoder: Tensor, factor: float) -> 
         feature: ``(M, K)``, of ``M`` instances.
         encoder, decoder: ``(e, K / B)`` and ``(K, e / B)``; with ``B`` blocks, each serves its own part of the key
             groups and of the embedding, as the groups of a convolution do.
-        factor: :data:`SCALE` or :data:`SHIFT`.
+        factor: 0.5 for the scale, 1.0 for the shift; as literals, since dynamo makes inputs of global floats.
 
     Returns:
         The embedding ``(M, e)`` and ``tanh(factor z)`` of the decoded ``z``: ``2 D_scale - 1`` or ``D_shift``.
@@ -201,8 +198,8 @@ def predict(features: tuple[Tensor, Tensor], meta: Sequence[Tensor]) -> tuple[Te
     ``meta`` holds encoder, scale decoder and shift decoder.
     """
     encoder, scale_decoder, shift_decoder = meta
-    _, scale = decode(features[0], encoder, scale_decoder, SCALE)
-    return scale * SCALE, decode(features[1], encoder, shift_decoder, SHIFT)[1]
+    _, scale = decode(features[0], encoder, scale_decoder, 0.5)
+    return scale * 0.5, decode(features[1], encoder, shift_decoder, 1.0)[1]
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:

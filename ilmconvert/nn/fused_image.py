@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ilmconvert.nn.branches import Branch, Branches
-from ilmconvert.nn.functional import SCALE, SHIFT, Config, Parameters, key_features
+from ilmconvert.nn.functional import Config, Parameters, key_features
 from ilmconvert.nn.gradients import differentiable, key_slopes, split_saved
 from ilmconvert.nn.kernels import (
     affine,
@@ -67,25 +67,16 @@ class _View(NamedTuple):
 
     def restored(self, x: Tensor) -> Tensor:
         """A fresh tensor in the input's shape, and not as a view: an activation may overwrite it."""
+        compiling = torch.compiler.is_compiling()
         if self.dim == 2:
-            return x.view(self.shape) if torch.compiler.is_compiling() else x.resize_(self.shape)
+            return torch.ops.aten._unsafe_view(x, self.shape) if compiling else x.resize_(self.shape)
         n, c, *inner = self.shape
         y = x.view(n, *inner, c).movedim(-1, 1)
-        return y if torch.compiler.is_compiling() else x.as_strided_(y.shape, y.stride())
+        return y.clone() if compiling else x.as_strided_(y.shape, y.stride())
 
 
-class _Call(NamedTuple):
-    """What the backward pass has to know of a call, besides tensors."""
-
-    config: Config
-    view: _View
-    excess: float
-    few: bool
-    far: bool
-
-
-def _image(x: Tensor, parameters: Parameters, config: Config) -> tuple[Tensor, _Call, tuple[Tensor, ...]]:
-    """The forward pass: output, and what to keep."""
+def _image(x: Tensor, parameters: Parameters, config: Config) -> tuple[Tensor, bool, bool, tuple[Tensor, ...]]:
+    """The forward pass: output, whether :func:`small` and far from zero, and what to keep."""
     weight, bias, *meta, scale_gain, shift_gain, center, key_scale = parameters
     channels, groups, keys, how, view = x.shape[1], config.num_groups, config.num_key_groups, config.how, _View.of(x)
     eps: float = how.eps  # type: ignore[assignment]  # there is one, or this path would not serve
@@ -102,8 +93,8 @@ def _image(x: Tensor, parameters: Parameters, config: Config) -> tuple[Tensor, _
     else:
         spread = key_rstd.pow(-2) - eps if center is None else key_rstd.reciprocal()
     predicted = Branches.of(key_features(spread, key_mean, center, key_scale), meta)
-    scale = _rescaled(weight, scale_gain, predicted.scale, 1.0, SCALE, channels)
-    shift = _rescaled(bias, shift_gain, predicted.shift, 0.0, SHIFT, channels)
+    scale = _rescaled(weight, scale_gain, predicted.scale, 1.0, 0.5, channels)
+    shift = _rescaled(bias, shift_gain, predicted.shift, 0.0, 1.0, channels)
     if how.unbiased:  # as a biased variance under another eps, with a smaller scale
         scale = scale / math.sqrt(excess)
     if few:
@@ -113,38 +104,39 @@ def _image(x: Tensor, parameters: Parameters, config: Config) -> tuple[Tensor, _
         offset = torch.addcmul(_grouped(shift, groups), factor, _grouped(mean, groups), value=-1)
         y = view.restored(affine(flat, factor.reshape(scale.shape), offset.reshape(scale.shape), view.dim))
     kept = mean, rstd, scale, key_mean, spread, *predicted.scale, *predicted.shift
-    return y, _Call(config, view, excess, few, far), kept
+    return y, few, far, kept
 
 
 class _Image(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *parameters: Any) -> Tensor:
         *tensors, config = parameters
-        y, ctx.call, kept = _image(x, Parameters(*tensors), config)
+        y, ctx.few, ctx.far, kept = _image(x, Parameters(*tensors), config)
+        ctx.config = config
         ctx.save_for_backward(x, *tensors, *kept)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         inputs, kept = split_saved(ctx.saved_tensors)
-        config, view, excess, few, far = ctx.call
+        config, few = ctx.config, ctx.few
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return differentiable(config, inputs, grad)
         x, weight, bias, *meta, scale_gain, shift_gain, _, key_scale = inputs
         mean, rstd, scale, key_mean, spread, *rest = kept
         predicted = Branches.kept(rest)
-        groups, how = config.num_groups, config.how
+        groups, how, view = config.num_groups, config.how, _View.of(x)
         if few:
             d_x, products, sums = standardized_backward(grad.contiguous(), x, scale, mean, rstd)
         else:
             flat, g = view.canonical(x), view.canonical(grad)
-            products, sums = channel_sums(g, flat, view.dim, mean, rstd, far)
+            products, sums = channel_sums(g, flat, view.dim, mean, rstd, ctx.far)
             factor = _grouped(scale, groups) * _grouped(rstd, groups)
             second, first = ((factor * _grouped(t, groups)).sum(2) for t in (products, sums))
         if how.unbiased:
-            products = products / math.sqrt(excess)
-        d_weight, d_scale_gain, d_scale = _own_gradients(products, weight, scale_gain, predicted.scale, SCALE)
-        d_bias, d_shift_gain, d_shift = _own_gradients(sums, bias, shift_gain, predicted.shift, SHIFT)
+            products = products / math.sqrt(_bessel(x, groups))
+        d_weight, d_scale_gain, d_scale = _own_gradients(products, weight, scale_gain, predicted.scale, 0.5)
+        d_bias, d_shift_gain, d_shift = _own_gradients(sums, bias, shift_gain, predicted.shift, 1.0)
         d_spread, d_mean, *d_meta = predicted.backward(d_scale, d_shift, meta)
         parameters = d_weight, d_bias, *d_meta, d_scale_gain, d_shift_gain, None, None
         if not ctx.needs_input_grad[0]:

@@ -102,7 +102,7 @@ class _Arithmetic(torch.autograd.Function):
         y = y + (keys.scale.decoded / 2).unsqueeze(2) * standardized + keys.shift.decoded.unsqueeze(2)
         ctx.config = config
         ctx.save_for_backward(x, *tensors, mu, rstd, *keys.scale, *keys.shift)
-        return y.view(x.shape)
+        return torch.ops.aten._unsafe_view(y, x.shape)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -112,7 +112,8 @@ class _Arithmetic(torch.autograd.Function):
         rows = x.view(-1, config.num_key_groups, config.shape[0] // config.num_key_groups)
         g, tokens = grad.reshape(rows.shape), x.view(len(rows), -1) - mu
         flat = grad.reshape(tokens.shape)
-        d_scale, d_shift = (g * (rows - mu.unsqueeze(2))).sum(2) * rstd, g.sum(2)
+        d_shift = g.sum(2)
+        d_scale = ((g * rows).sum(2) - mu * d_shift) * rstd  # not of the centered input: then both sums are one loop
         d_var, d_mean, *d_meta = keys.backward(d_scale, d_shift, meta[:3])
         a, b = key_slopes(d_var, d_mean, keys.shift.feature, rows.shape[2], False)
         half, weighted = keys.scale.decoded / 2, flat if weight is None else flat * weight

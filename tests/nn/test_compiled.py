@@ -49,8 +49,13 @@ def compiled_once(model: nn.Module, batches: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_one_graph_for_every_batch_size(kind: str) -> None:
-    model = speaking(nn.Sequential(nn.Conv2d(3, 48, 3), LAYERS[kind](), nn.ReLU(), nn.Conv2d(48, 4, 1)))
+    model = speaking(nn.Sequential(nn.Conv2d(3, 48, 3), LAYERS[kind](), nn.ReLU(inplace=True), nn.Conv2d(48, 4, 1)))
     compiled_once(model, [torch.randn(n, 3, 9, 9) for n in (2, 3, 6)])
+
+
+def test_channels_last_compiles_too() -> None:
+    model = speaking(nn.Sequential(LAYERS["group"](), nn.ReLU(inplace=True)))
+    compiled_once(model, [torch.randn(n, 48, 9, 9).to(memory_format=torch.channels_last) for n in (2, 3)])
 
 
 @pytest.mark.slow
