@@ -195,6 +195,20 @@ def test_large_mean_against_small_variance(case: str, offset: float) -> None:
         assert relative(exact, ours) < 1e-3
 
 
+@pytest.mark.parametrize("case", ["group", "gains", "token", "position"])
+def test_large_mean_against_small_variance_compiled(case: str) -> None:
+    layer, x = live(case, torch.float32)
+    x = x + 1e4
+    with mock.patch.object(layer_module, "fused_ilm_norm", return_value=None):
+        reference = run(copy.deepcopy(layer).double(), x.double())
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    y = compiled(x.requires_grad_())
+    ours = [y, *torch.autograd.grad(y, [x, layer.weight, layer.bias], gradient(y))]
+    for value, exact in zip(ours, reference[:4], strict=True):
+        assert relative(exact, value) < 1e-3
+
+
 @pytest.mark.usefixtures("size")
 def test_few_degenerate_channels_do_not_spoil_the_others() -> None:
     """Channels without variance, or far from zero, beside ordinary ones, in either memory format."""
