@@ -54,7 +54,7 @@ def _by_kernels(x: Tensor, dim: int) -> bool:
 
 
 def small(x: Tensor) -> bool:
-    """Whether torch's Group Norm kernels serve best, as they are: more passes over memory, fewer kinds of operations."""
+    """Whether Group Norm's kernels serve best, as they are: more passes over memory, fewer kinds of operations."""
     n, c = x.shape[:2]
     return not torch.compiler.is_compiling() and x.is_cpu and n * c < x.numel() <= _SMALL
 
