@@ -12,6 +12,7 @@ Under torch.compile the same is written as plain arithmetic, which inductor fuse
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -123,9 +124,22 @@ class _Arithmetic(torch.autograd.Function):
         slope, offset = a - second * rstd, b - first * rstd + second * rstd * mu
         own = _own(weight, rows, 1.0) + half.unsqueeze(2)
         d_x = g * (rstd.unsqueeze(2) * own) + rows * slope.unsqueeze(2) + offset.unsqueeze(2)
-        d_weight = None if weight is None else (flat * tokens * rstd).sum(0)
-        d_bias = None if bias is None else flat.sum(0)
+        d_weight = None if weight is None else _column_sum((flat * tokens * rstd).view(x.shape))
+        d_bias = None if bias is None else _column_sum(flat.view(x.shape))
         return d_x.view(x.shape), d_weight, d_bias, *d_meta, None, None, None, None, None
+
+
+def _column_sum(x: Tensor) -> Tensor:
+    """Of ``(*, C)`` along all but the last dimension: ``(C,)``.
+
+    In two steps, of which the first sums few rows: all the way down the columns, each load would meet another page.
+    """
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # brings sympy, a third of a second
+
+    size = math.prod(x.shape[-2:-1])
+    if statically_known_true(size % 16 == 0):
+        size = 16
+    return x.view(-1, size, x.shape[-1]).sum(1).sum(0)
 
 
 def _own(parameter: Tensor | None, rows: Tensor, default: float) -> Tensor | float:
