@@ -36,13 +36,15 @@ class Branch(NamedTuple):
         """The branch's forward pass."""
         return cls(feature, *decode(feature, encoder, decoder, factor))
 
-    def backward(self, d: Tensor, encoder: Tensor, decoder: Tensor, factor: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of feature, encoder and decoder from those of the prediction, ``(M, K)``."""
-        d_z = torch.addcmul(d, d * self.decoded, self.decoded, value=-1)
-        if factor != 1:
-            d_z = d_z * factor**2
+    def backward(self, d: Tensor, encoder: Tensor, decoder: Tensor, share: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of feature (times ``share``), encoder and decoder from those of the prediction, ``(M, K)``.
+
+        All of them over ``factor**2``: constants are left for where they meet small matrices.
+        """
+        d_z = torch.ops.aten.tanh_backward(d, self.decoded)
         d_hidden, d_decoder = _linear_backward(d_z, self.hidden, decoder)
-        d_feature, d_encoder = _linear_backward(d_hidden * self.hidden.sign(), self.feature, encoder)
+        d_hidden = torch.ops.aten.threshold_backward(d_hidden, self.hidden, 0)
+        d_feature, d_encoder = _linear_backward(d_hidden, self.feature, encoder * share)
         return d_feature, d_encoder, d_decoder
 
 
@@ -65,12 +67,14 @@ class Branches(NamedTuple):
         """From the tensors of both, one after the other."""
         return cls(Branch(*tensors[:3]), Branch(*tensors[3:]))
 
-    def backward(self, d_scale: Tensor, d_shift: Tensor, meta: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Gradients of both features, of the encoder and of both decoders from those of the predictions."""
+    def backward(
+        self, d_scale: Tensor, d_shift: Tensor, meta: Sequence[Tensor], shares: tuple[float, float]
+    ) -> tuple[Tensor, ...]:
+        """Gradients of both features, times ``shares``, of the encoder and of both decoders."""
         encoder, scale_decoder, shift_decoder = meta
-        d_first, d_encoder, d_scale_decoder = self.scale.backward(d_scale, encoder, scale_decoder, 0.5)
-        d_second, d_encoder_too, d_shift_decoder = self.shift.backward(d_shift, encoder, shift_decoder, 1.0)
-        return d_first, d_second, d_encoder.add_(d_encoder_too), d_scale_decoder, d_shift_decoder
+        d_first, d_encoder_too, d_scale_decoder = self.scale.backward(d_scale, encoder, scale_decoder, shares[0] / 4)
+        d_second, d_encoder, d_shift_decoder = self.shift.backward(d_shift, encoder, shift_decoder, shares[1])
+        return d_first, d_second, d_encoder.add_(d_encoder_too, alpha=0.25), d_scale_decoder * 0.25, d_shift_decoder
 
 
 def _linear_backward(d: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

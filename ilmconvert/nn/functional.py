@@ -188,10 +188,10 @@ def decode(feature: Tensor, encoder: Tensor, decoder: Tensor, factor: float) -> 
         The embedding ``(M, e)`` and ``tanh(factor z)`` of the decoded ``z``: ``2 D_scale - 1`` or ``D_shift``.
     """
     hidden = torch.relu(_linear(feature, encoder))
-    z = _linear(hidden, decoder)
+    z = _linear(hidden, decoder if factor == 1 else decoder * factor)
     if torch.compiler.is_dynamo_compiling():  # inductor's tanh takes three times as long
-        return hidden, torch.sigmoid(z * (2 * factor)) * 2 - 1
-    return hidden, torch.tanh(z if factor == 1 else z * factor)
+        return hidden, torch.sigmoid(z * 2) * 2 - 1
+    return hidden, torch.tanh(z)
 
 
 def predict(features: tuple[Tensor, Tensor], meta: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

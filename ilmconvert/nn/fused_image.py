@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ilmconvert.nn.branches import Branch, Branches
 from ilmconvert.nn.functional import Config, Parameters, key_features
-from ilmconvert.nn.gradients import differentiable, key_slopes, split_saved
+from ilmconvert.nn.gradients import differentiable, shares, split_saved
 from ilmconvert.nn.kernels import (
     affine,
     channel_sums,
@@ -137,14 +137,14 @@ class _Image(torch.autograd.Function):
             products = products / math.sqrt(_bessel(x, groups))
         d_weight, d_scale_gain, d_scale = _own_gradients(products, weight, scale_gain, predicted.scale, 0.5)
         d_bias, d_shift_gain, d_shift = _own_gradients(sums, bias, shift_gain, predicted.shift, 1.0)
-        d_spread, d_mean, *d_meta = predicted.backward(d_scale, d_shift, meta)
+        keys, size = config.num_key_groups, x[0].numel()
+        slope, d_mean, *d_meta = predicted.backward(d_scale, d_shift, meta, shares(size // keys, how.unbiased))
         parameters = d_weight, d_bias, *d_meta, d_scale_gain, d_shift_gain, None, None
         if not ctx.needs_input_grad[0]:
             return None, *parameters, None
-        keys, size = config.num_key_groups, x[0].numel()
         if key_scale is not None:
-            d_spread, d_mean = d_spread / (key_scale[0] * spread) * 0.5, d_mean / key_scale[1]  # now of the variance
-        slope, offset = key_slopes(d_spread, d_mean, key_mean, size // keys, how.unbiased)
+            slope, d_mean = slope / (key_scale[0] * spread) * 0.5, d_mean / key_scale[1]  # now of the variance
+        offset = torch.addcmul(d_mean, slope, key_mean, value=-1)
         if few:
             _grouped(d_x, keys).addcmul_(_grouped(x, keys), _grouped(slope, keys)).add_(_grouped(offset, keys))
             return d_x, *parameters, None

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ilmconvert.nn.branches import Branches
 from ilmconvert.nn.functional import Config, Parameters
-from ilmconvert.nn.gradients import differentiable, key_slopes, split_saved
+from ilmconvert.nn.gradients import differentiable, shares, split_saved
 from ilmconvert.nn.kernels import coarser, moments
 
 __all__ = ["token_ilm_norm"]
@@ -59,12 +59,12 @@ class _Token(torch.autograd.Function):
         tokens, rows = x.view(-1, channels), x.view(-1, channels // ctx.config.num_key_groups)
         g = grad.contiguous().view_as(tokens)
         d_scale, d_shift = _key_sums(g, tokens, mu, rstd, ctx.config.num_key_groups)
-        d_var, d_mean, *d_meta = keys.backward(d_scale, d_shift, meta[:3])
+        a, d_mean, *d_meta = keys.backward(d_scale, d_shift, meta[:3], shares(rows.shape[1], False))
         wanted = [True, weight is not None, bias is not None]
         d_x, d_weight, d_bias = torch.ops.aten.native_layer_norm_backward(
             g, tokens, (channels,), mu, rstd, weight, bias, wanted
         )
-        a, b = key_slopes(d_var, d_mean, keys.shift.feature, rows.shape[1], False)
+        b = torch.addcmul(d_mean, a, keys.shift.feature, value=-1)
         first, second = ((slope * d).sum(1, keepdim=True) / channels for d in (d_shift, d_scale))
         second.mul_(rstd)
         b.add_(torch.addcmul(-first, second, mu))
@@ -115,8 +115,8 @@ class _Arithmetic(torch.autograd.Function):
         flat = grad.reshape(tokens.shape)
         d_shift = g.sum(2)
         d_scale = ((g * rows).sum(2) - mu * d_shift) * rstd  # not of the centered input: then both sums are one loop
-        d_var, d_mean, *d_meta = keys.backward(d_scale, d_shift, meta[:3])
-        a, b = key_slopes(d_var, d_mean, keys.shift.feature, rows.shape[2], False)
+        a, d_mean, *d_meta = keys.backward(d_scale, d_shift, meta[:3], shares(rows.shape[2], False))
+        b = torch.addcmul(d_mean, a, keys.shift.feature, value=-1)
         half, weighted = keys.scale.decoded / 2, flat if weight is None else flat * weight
         first = (weighted.sum(1, keepdim=True) + (half * d_shift).sum(1, keepdim=True)) / tokens.shape[1]
         second = (weighted * tokens).sum(1, keepdim=True) * rstd + (half * d_scale).sum(1, keepdim=True)

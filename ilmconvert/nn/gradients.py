@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ilmconvert.nn.functional import Config, Parameters, plain_ilm_norm
 
-__all__ = ["differentiable", "key_slopes", "split_saved"]
+__all__ = ["differentiable", "shares", "split_saved"]
 
 
 def split_saved(saved: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -34,7 +34,6 @@ def differentiable(config: Config, inputs: tuple[Tensor, ...], grad: Tensor) -> 
     return tuple(grads)
 
 
-def key_slopes(d_var: Tensor, d_mean: Tensor, mean: Tensor, count: int, unbiased: bool) -> tuple[Tensor, Tensor]:
-    """``a`` and ``b`` of the module docstring, for key groups of ``count`` values."""
-    slope = d_var * (2 / max(count - int(unbiased), 1))
-    return slope, torch.addcmul(d_mean * (1 / count), slope, mean, value=-1)
+def shares(count: int, unbiased: bool) -> tuple[float, float]:
+    """The factors of ``ds`` in ``a`` and of ``dm`` in ``b`` of the module docstring, for groups of ``count`` values."""
+    return 2 / max(count - int(unbiased), 1), 1 / count
