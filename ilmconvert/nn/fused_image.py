@@ -30,10 +30,10 @@ from ilmconvert.nn.gradients import differentiable, shares, split_saved
 from ilmconvert.nn.kernels import (
     affine,
     channel_sums,
+    group_norm,
+    group_norm_backward,
     per_channel,
     small,
-    standardized,
-    standardized_backward,
     standardizers,
 )
 
@@ -83,7 +83,7 @@ def _image(x: Tensor, parameters: Parameters, config: Config) -> tuple[Tensor, b
     excess = _bessel(x, groups) if how.unbiased else 1.0
     few, far = view.dim == 2 and small(x), True
     if few:
-        y, (mean, rstd), (key_mean, key_rstd) = standardized(x, groups, keys, eps / excess)
+        y, key_mean, key_rstd = group_norm(x, keys, eps / excess)
     else:
         flat = view.canonical(x)
         (mean, rstd), (key_mean, key_rstd), far = standardizers(flat, view.dim, groups, keys, eps / excess)
@@ -97,8 +97,11 @@ def _image(x: Tensor, parameters: Parameters, config: Config) -> tuple[Tensor, b
     shift = _rescaled(bias, shift_gain, predicted.shift, 0.0, 1.0, channels)
     if how.unbiased:  # as a biased variance under another eps, with a smaller scale
         scale = scale / math.sqrt(excess)
-    if few:
+    if few and keys == groups:
+        mean, rstd = key_mean, key_rstd
         _grouped(y, channels).mul_(_grouped(scale, channels)).add_(_grouped(shift, channels))
+    elif few:
+        y, mean, rstd = group_norm(x, groups, eps / excess, scale, shift)
     else:
         factor = _grouped(scale, groups) * _grouped(rstd, groups)
         offset = torch.addcmul(_grouped(shift, groups), factor, _grouped(mean, groups), value=-1)
@@ -127,7 +130,7 @@ class _Image(torch.autograd.Function):
         predicted = Branches.kept(rest)
         groups, how, view = config.num_groups, config.how, _View.of(x)
         if few:
-            d_x, products, sums = standardized_backward(grad.contiguous(), x, scale, mean, rstd)
+            d_x, products, sums = group_norm_backward(grad.contiguous(), x, scale, mean, rstd)
         else:
             flat, g = view.canonical(x), view.canonical(grad)
             products, sums = channel_sums(g, flat, view.dim, mean, rstd, ctx.far)

@@ -22,18 +22,18 @@ __all__ = [
     "affine",
     "channel_sums",
     "coarser",
+    "group_norm",
+    "group_norm_backward",
     "moments",
     "per_channel",
     "small",
-    "standardized",
-    "standardized_backward",
     "standardizers",
 ]
 
 _OFFSET = 16.0  # mean^2 / variance from which on a variance by E[x^2] - E[x]^2 is not taken
 _FAR = 4096.0  # mean^2 / variance, summed, from which on the sums of a backward pass are taken of the centered input
 _LONG = 4096  # values of a group from which on they are summed channel by channel: in parallel, and rounding less
-_SMALL = 2**19  # values of a tensor up to which a pass over it is cheaper than another kind of operation
+_SMALL = 2**20  # values of a tensor up to which a pass over it is cheaper than another kind of operation
 
 _norm_backward = torch.ops.aten.native_group_norm_backward.default
 _token_backward = torch.ops.aten.native_layer_norm_backward.default
@@ -64,16 +64,17 @@ def _far(mean: Tensor, rstd: Tensor) -> bool:
     return torch.mm(ratio, ratio.t()).item() > _FAR
 
 
-def standardized(x: Tensor, groups: int, keys: int, eps: float) -> tuple[Tensor, _Pair, _Pair]:
-    """``x^`` of a small ``(N, C, *)``, and :func:`standardizers`."""
-    n, c = x.shape[:2]
-    size = x.numel() // (n * c)
-    y, *own = torch.native_group_norm(x, None, None, n, c, size, groups, eps)
-    key = own if keys == groups else torch.native_group_norm(x, None, None, n, c, size, keys, eps)[1:]
-    return y, tuple(own), tuple(key)  # type: ignore[return-value]
+def group_norm(
+    x: Tensor, groups: int, eps: float, scale: Tensor | None = None, shift: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``scale x^ + shift`` of a small ``(N, C, *)``, both per instance and channel, and :func:`standardizers`."""
+    n, rows = len(x), x.shape[0] * x.shape[1]
+    weight, bias = (None if t is None else t.view(rows) for t in (scale, shift))
+    y, mean, rstd = torch.native_group_norm(x, weight, bias, 1, rows, x.numel() // rows, n * groups, eps)
+    return y, mean.view(n, groups), rstd.view(n, groups)
 
 
-def standardized_backward(
+def group_norm_backward(
     g: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient of a small ``(N, C, *)`` from that of ``scale x^``, and :func:`channel_sums`.

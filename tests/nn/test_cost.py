@@ -52,9 +52,9 @@ TOKEN = Standardization(layout="token")
 GAINS = {"num_groups": 8, "gains": True, "standardized_keys": True}
 BATCH_START = {"num_groups": 1, "num_key_groups": 1, "gains": True, "standardized_keys": True}
 CASES = {  # base norm, arguments, input, operations (views too) in forward and in backward
-    "sample": (nn.GroupNorm(8, 64), {"num_groups": 8}, (4, 64, 64, 64), (66, 84)),
-    "gains": (nn.GroupNorm(8, 64), GAINS, (4, 64, 64, 64), (73, 105)),
-    "token": (nn.LayerNorm(64), {"standardization": TOKEN}, (8, 49, 64), (39, 57)),
+    "sample": (nn.GroupNorm(8, 64), {"num_groups": 8}, (8, 64, 64, 64), (65, 79)),
+    "gains": (nn.GroupNorm(8, 64), GAINS, (8, 64, 64, 64), (72, 100)),
+    "token": (nn.LayerNorm(64), {"standardization": TOKEN}, (8, 49, 64), (38, 52)),
 }
 
 
@@ -68,14 +68,22 @@ def test_no_normalised_copy_and_few_operations(case: str) -> None:
     assert backward.operations <= most_backward
 
 
-def test_small_tensors_are_served_with_few_kinds_of_operations() -> None:
+@pytest.mark.parametrize(
+    ("arguments", "most"),
+    [
+        pytest.param(BATCH_START, ((1, 32, 14), (1, 55, 14)), id="key groups are norm groups"),
+        pytest.param({"num_groups": 8}, ((2, 33, 14), (1, 42, 13)), id="other key groups"),  # theirs is normed in vain
+    ],
+)
+def test_small_tensors_are_served_with_few_kinds_of_operations(
+    arguments: dict[str, Any], most: tuple[tuple[int, int, int], ...]
+) -> None:
     """Between convolutions it is each further kind that costs, since nothing of it is in any cache."""
-    forward, backward = count(ILMNorm(64, **BATCH_START), torch.randn(4, 64, 16, 16))
-    assert forward.large == backward.large == 1
-    assert forward.operations <= 31
-    assert backward.operations <= 60
-    assert len(forward.kinds) <= 15
-    assert len(backward.kinds) <= 14
+    passes = count(ILMNorm(64, **arguments), torch.randn(4, 64, 16, 16))
+    for one, (large, operations, kinds) in zip(passes, most, strict=True):
+        assert one.large == large
+        assert one.operations <= operations
+        assert len(one.kinds) <= kinds
 
 
 def test_a_silent_predictor_adds_a_look_at_the_weights_only() -> None:
