@@ -7,7 +7,7 @@ products and sums, and the two activations.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor
 from ilmconvert.nn.functional import decode
 
 __all__ = ["Branch", "Branches"]
+
+_Activation = Callable[[Tensor], Tensor]
 
 
 class Branch(NamedTuple):
@@ -32,9 +34,9 @@ class Branch(NamedTuple):
     decoded: Tensor
 
     @classmethod
-    def of(cls, feature: Tensor, encoder: Tensor, decoder: Tensor, factor: float) -> Branch:
+    def of(cls, feature: Tensor, encoder: Tensor, decoder: Tensor, factor: float, tanh: _Activation) -> Branch:
         """The branch's forward pass."""
-        return cls(feature, *decode(feature, encoder, decoder, factor))
+        return cls(feature, *decode(feature, encoder, decoder, factor, tanh))
 
     def backward(self, d: Tensor, encoder: Tensor, decoder: Tensor, share: float) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of feature (times ``share``), encoder and decoder from those of the prediction, ``(M, K)``.
@@ -55,12 +57,11 @@ class Branches(NamedTuple):
     shift: Branch
 
     @classmethod
-    def of(cls, features: tuple[Tensor, Tensor], meta: Sequence[Tensor]) -> Branches:
+    def of(cls, features: tuple[Tensor, Tensor], meta: Sequence[Tensor], tanh: _Activation = torch.tanh) -> Branches:
         """As :func:`ilmconvert.nn.functional.predict`."""
         encoder, scale_decoder, shift_decoder = meta
-        return cls(
-            Branch.of(features[0], encoder, scale_decoder, 0.5), Branch.of(features[1], encoder, shift_decoder, 1.0)
-        )
+        scale = Branch.of(features[0], encoder, scale_decoder, 0.5, tanh)
+        return cls(scale, Branch.of(features[1], encoder, shift_decoder, 1.0, tanh))
 
     @classmethod
     def kept(cls, tensors: Sequence[Tensor]) -> Branches:

@@ -95,7 +95,7 @@ class _Arithmetic(torch.autograd.Function):
         rows = x.view(-1, config.num_key_groups, config.shape[0] // config.num_key_groups)
         mean = rows.mean(2)
         var = (rows - mean.unsqueeze(2)).square().mean(2)  # over few values, twice is faster than once with a pivot
-        keys = Branches.of((var, mean), meta)
+        keys = Branches.of((var, mean), meta, _tanh)
         mu, total = coarser(mean, var, 1)
         rstd = torch.rsqrt(total + config.how.eps)
         standardized = (rows - mu.unsqueeze(2)) * rstd.unsqueeze(2)
@@ -127,6 +127,11 @@ class _Arithmetic(torch.autograd.Function):
         d_weight = None if weight is None else _column_sum((flat * tokens * rstd).view(x.shape))
         d_bias = None if bias is None else _column_sum(flat.view(x.shape))
         return d_x.view(x.shape), d_weight, d_bias, *d_meta, None, None, None, None, None
+
+
+def _tanh(z: Tensor) -> Tensor:
+    """To within 1e-7, which is little beside a weight or a bias; inductor's own takes three times as long."""
+    return torch.sigmoid(z * 2) * 2 - 1
 
 
 def _column_sum(x: Tensor) -> Tensor:

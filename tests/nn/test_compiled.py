@@ -34,15 +34,19 @@ def run(model: nn.Module, twin: nn.Module, x: Tensor) -> list[Tensor]:
     return [y, *torch.autograd.grad(y.square().mean(), list(twin.parameters()))]
 
 
+def same(eager: list[Tensor], compiled: list[Tensor]) -> None:
+    for one, other in zip(eager, compiled, strict=True):
+        tiny = (one - other).abs().max() < 1e-8  # gradients that are sums which cancel to nearly nothing
+        assert relative(one, other) < 1e-4 or tiny
+
+
 def compiled_once(model: nn.Module, batches: list[Tensor]) -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
     compilations = set()
     for x in batches:
-        for ours, eager in zip(run(compiled, model, x), run(model, model, x), strict=True):
-            tiny = (eager - ours).abs().max() < 1e-8  # gradients that are sums which cancel to nearly nothing
-            assert relative(eager, ours) < 1e-4 or tiny
+        same(run(model, model, x), run(compiled, model, x))
         compilations.add(counter.frame_count)
     assert len(compilations) == 1  # none but those of the first batch (of a timm model, converted or not, two)
 
@@ -51,6 +55,26 @@ def compiled_once(model: nn.Module, batches: list[Tensor]) -> None:
 def test_one_graph_for_every_batch_size(kind: str) -> None:
     model = speaking(nn.Sequential(nn.Conv2d(3, 48, 3), LAYERS[kind](), nn.ReLU(inplace=True), nn.Conv2d(48, 4, 1)))
     compiled_once(model, [torch.randn(n, 3, 9, 9) for n in (2, 3, 6)])
+
+
+@pytest.mark.parametrize("positions", [(32,), (7,), ()], ids=str)  # sixteen rows at once are summed, seven, or all
+def test_one_graph_for_tokens(positions: tuple[int, ...]) -> None:
+    model = speaking(ILMNorm(48, standardization=Standardization(layout="token")))
+    compiled_once(model, [torch.randn(n, *positions, 48) for n in (6, 16, 33)])
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at it, whatever the input
+def test_layers_compiled_alone_in_an_eager_network_share_their_graphs() -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    model = speaking(ilmconvert.convert(timm.create_model("test_vit", num_classes=4)).model)
+    x = torch.randn(2, 3, 160, 160)
+    eager = run(model, model, x)
+    for layer in model.modules():
+        if isinstance(layer, ILMNorm):
+            layer.compile(backend=counter)
+    same(eager, run(model, model, x))
+    assert counter.frame_count == 1  # of all layers, which are alike
 
 
 def test_channels_last_compiles_too() -> None:
