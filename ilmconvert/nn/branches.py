@@ -1,8 +1,8 @@
-"""The predictor in the fused paths: its branches for scale and shift, one after the other, forward and backward.
+"""The predictor in the fused paths: its branches for scale and shift as one batch of two, forward and backward.
 
 Between two convolutions nothing of a small operation is in any cache, and what a layer costs is then the number of
-*kinds* of operation it uses rather than their number. So both branches are written with few kinds: matrix products,
-products and sums, and the two activations.
+*kinds* of operation it uses rather than their size. So both branches go through the same few: matrix products, sums and
+products, and the two activations.
 """
 
 from __future__ import annotations
@@ -15,74 +15,60 @@ from torch import Tensor
 
 from ilmconvert.nn.functional import decode
 
-__all__ = ["Branch", "Branches"]
-
-_Activation = Callable[[Tensor], Tensor]
+__all__ = ["Branches"]
 
 
-class Branch(NamedTuple):
-    """One branch and what it keeps for its backward pass, see :func:`ilmconvert.nn.functional.decode`.
+class Branches(NamedTuple):
+    """Both branches, that of the scale first, and what they keep for their backward pass.
 
     Attributes:
-        feature: what it was shown, ``(M, K)``.
-        hidden: the embedding, ``(M, e)``.
-        decoded: ``(M, K)``; the prediction is ``factor`` times it.
+        features: what they were shown, ``(2, M, K)``, see :func:`ilmconvert.nn.functional.key_features`.
+        hidden: the embeddings, ``(2, M, e)``.
+        decoded: ``2 D_scale - 1`` and ``D_shift``, ``(2, M, K)``.
     """
 
-    feature: Tensor
+    features: Tensor
     hidden: Tensor
     decoded: Tensor
 
     @classmethod
-    def of(cls, feature: Tensor, encoder: Tensor, decoder: Tensor, factor: float, tanh: _Activation) -> Branch:
-        """The branch's forward pass."""
-        return cls(feature, *decode(feature, encoder, decoder, factor, tanh))
+    def of(cls, features: Tensor, meta: Sequence[Tensor], tanh: Callable[[Tensor], Tensor] = torch.tanh) -> Branches:
+        """The forward pass; ``meta`` is encoder, scale decoder and shift decoder."""
+        return cls(features, *decode(features, meta, tanh))
 
-    def backward(self, d: Tensor, encoder: Tensor, decoder: Tensor, share: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of feature (times ``share``), encoder and decoder from those of the prediction, ``(M, K)``.
+    def backward(self, d_scale: Tensor, d_shift: Tensor, meta: Sequence[Tensor], share: float) -> tuple[Tensor, ...]:
+        """Gradients of both features (times ``share``), encoder, scale decoder and shift decoder.
 
-        All of them over ``factor**2``: constants are left for where they meet small matrices.
+        Args:
+            d_scale, d_shift: those of ``D_scale`` and ``D_shift``, ``(M, K)``.
+            meta: encoder, scale decoder and shift decoder.
+            share: a factor that the caller would apply; here it meets a small matrix.
         """
-        d_z = torch.ops.aten.tanh_backward(d, self.decoded)
-        d_hidden, d_decoder = _linear_backward(d_z, self.hidden, decoder)
-        d_hidden = torch.ops.aten.threshold_backward(d_hidden, self.hidden, 0)
-        d_feature, d_encoder = _linear_backward(d_hidden, self.feature, encoder * share)
-        return d_feature, d_encoder, d_decoder
-
-
-class Branches(NamedTuple):
-    """Both branches, which share the encoder; ``meta`` is encoder, scale decoder and shift decoder."""
-
-    scale: Branch
-    shift: Branch
-
-    @classmethod
-    def of(cls, features: tuple[Tensor, Tensor], meta: Sequence[Tensor], tanh: _Activation = torch.tanh) -> Branches:
-        """As :func:`ilmconvert.nn.functional.predict`."""
         encoder, scale_decoder, shift_decoder = meta
-        scale = Branch.of(features[0], encoder, scale_decoder, 0.5, tanh)
-        return cls(scale, Branch.of(features[1], encoder, shift_decoder, 1.0, tanh))
-
-    @classmethod
-    def kept(cls, tensors: Sequence[Tensor]) -> Branches:
-        """From the tensors of both, one after the other."""
-        return cls(Branch(*tensors[:3]), Branch(*tensors[3:]))
-
-    def backward(
-        self, d_scale: Tensor, d_shift: Tensor, meta: Sequence[Tensor], shares: tuple[float, float]
-    ) -> tuple[Tensor, ...]:
-        """Gradients of both features, times ``shares``, of the encoder and of both decoders."""
-        encoder, scale_decoder, shift_decoder = meta
-        d_first, d_encoder_too, d_scale_decoder = self.scale.backward(d_scale, encoder, scale_decoder, shares[0] / 4)
-        d_second, d_encoder, d_shift_decoder = self.shift.backward(d_shift, encoder, shift_decoder, shares[1])
-        return d_first, d_second, d_encoder.add_(d_encoder_too, alpha=0.25), d_scale_decoder * 0.25, d_shift_decoder
+        decoders = torch.stack((scale_decoder * 0.25, shift_decoder))  # the derivative of tanh(z / 2) / 2
+        d_z = torch.ops.aten.tanh_backward(torch.stack((d_scale, d_shift)), self.decoded)
+        d_hidden, d_decoders = _decoders_backward(d_z, self.hidden, decoders)
+        d_hidden = torch.ops.aten.threshold_backward(d_hidden, self.hidden, 0).flatten(0, 1)
+        d_features, d_encoder = _encoder_backward(d_hidden, self.features.flatten(0, 1), encoder, share)
+        d_features = d_features.view_as(self.features)
+        return d_features[0], d_features[1], d_encoder, d_decoders[0] * 0.25, d_decoders[1]
 
 
-def _linear_backward(d: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of ``x`` and ``weight``."""
-    blocks = x.shape[1] // weight.shape[1]
+def _decoders_backward(d: Tensor, hidden: Tensor, decoders: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the embeddings and of both decoders."""
+    blocks = hidden.shape[2] // decoders.shape[2]
     if blocks == 1:
-        return torch.mm(d, weight), torch.mm(d.t(), x)
-    d, x = (t.unflatten(1, (blocks, -1)) for t in (d, x))
-    d_x = torch.einsum("mbo,boi->mbi", d, weight.unflatten(0, (blocks, -1)))
-    return d_x.flatten(1), torch.einsum("mbo,mbi->boi", d, x).flatten(0, 1)
+        return torch.bmm(d, decoders), torch.bmm(hidden.mT, d).mT  # with many instances, far faster than its transpose
+    d, hidden = (t.unflatten(2, (blocks, -1)) for t in (d, hidden))
+    d_hidden = torch.einsum("nmbo,nboi->nmbi", d, decoders.unflatten(1, (blocks, -1)))
+    return d_hidden.flatten(2), torch.einsum("nmbo,nmbi->nboi", d, hidden).flatten(1, 2)
+
+
+def _encoder_backward(d: Tensor, features: Tensor, encoder: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Gradients of the features, times ``share``, and of the encoder; both branches in one dimension."""
+    blocks = features.shape[1] // encoder.shape[1]
+    if blocks == 1:
+        return torch.mm(d, encoder * share), torch.mm(d.mT, features)
+    d, features = (t.unflatten(1, (blocks, -1)) for t in (d, features))
+    d_features = torch.einsum("mbo,boi->mbi", d, (encoder * share).unflatten(0, (blocks, -1)))
+    return d_features.flatten(1), torch.einsum("mbo,mbi->boi", d, features).flatten(0, 1)

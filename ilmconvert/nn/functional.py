@@ -162,58 +162,50 @@ def standardize(x: Tensor, shape: tuple[int, ...], groups: int, how: Standardiza
     return (grouped * torch.rsqrt(power + eps)).reshape(x.shape)
 
 
-def key_features(spread: Tensor, mean: Tensor, center: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What the predictor is shown of the key groups' moments, for the scale and for the shift: two ``(M, K)``.
+def key_features(spread: Tensor, mean: Tensor, center: Tensor | None, scale: Tensor | None) -> Tensor:
+    """What the predictor is shown of the key groups' moments, for the scale and for the shift: ``(2, M, K)``.
 
     Args:
         spread, mean: ``(M, K)``, of ``M`` instances; the spread is ``sqrt(var + eps)`` with standardized keys, else the
             variance.
         center, scale: ``(2, K)`` of deviation and mean, with standardized keys.
     """
+    features = torch.stack((spread, mean))
     if center is None or scale is None:
-        return spread, mean
-    return (spread - center[0]) / scale[0], (mean - center[1]) / scale[1]
+        return features
+    return (features - center.unsqueeze(1)) / scale.unsqueeze(1)
 
 
 def decode(
-    feature: Tensor,
-    encoder: Tensor,
-    decoder: Tensor,
-    factor: float,
-    tanh: Callable[[Tensor], Tensor] = torch.tanh,
+    features: Tensor, meta: Sequence[Tensor], tanh: Callable[[Tensor], Tensor] = torch.tanh
 ) -> tuple[Tensor, Tensor]:
-    """One branch of the auto-encoder, of which ``factor`` times the second result is the prediction.
+    """Both branches of the auto-encoder.
 
     Args:
-        feature: ``(M, K)``, of ``M`` instances.
-        encoder, decoder: ``(e, K / B)`` and ``(K, e / B)``; with ``B`` blocks, each serves its own part of the key
-            groups and of the embedding, as the groups of a convolution do.
-        factor: 0.5 for the scale, 1.0 for the shift; as literals, since dynamo makes inputs of global floats.
+        features: ``(2, M, K)``, of ``M`` instances.
+        meta: encoder ``(e, K / B)``, scale decoder and shift decoder ``(K, e / B)``; with ``B`` blocks, each serves its
+            own part of the key groups and of the embedding, as the groups of a convolution do.
         tanh: the activation, for a path that has a faster one.
 
     Returns:
-        The embedding ``(M, e)`` and ``tanh(factor z)`` of the decoded ``z``: ``2 D_scale - 1`` or ``D_shift``.
-    """
-    hidden = torch.relu(_linear(feature, encoder))
-    return hidden, tanh(_linear(hidden, decoder if factor == 1 else decoder * factor))
-
-
-def predict(features: tuple[Tensor, Tensor], meta: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """``D_scale - 1/2`` and ``D_shift`` from the features of :func:`key_features`: two ``(M, K)``.
-
-    ``meta`` holds encoder, scale decoder and shift decoder.
+        The embeddings ``(2, M, e)``, and ``2 D_scale - 1`` and ``D_shift``: ``(2, M, K)``.
     """
     encoder, scale_decoder, shift_decoder = meta
-    _, scale = decode(features[0], encoder, scale_decoder, 0.5)
-    return scale * 0.5, decode(features[1], encoder, shift_decoder, 1.0)[1]
-
-
-def _linear(x: Tensor, weight: Tensor) -> Tensor:
-    """``(M, B i)`` through ``(o, i)``, block by block: ``(M, o)``."""
-    blocks = x.shape[1] // weight.shape[1]
+    decoders = torch.stack((scale_decoder * 0.5, shift_decoder))  # 2 sigmoid(z) - 1 = tanh(z / 2)
+    count, blocks = features.shape[1], features.shape[2] // encoder.shape[1]
     if blocks == 1:
-        return torch.mm(x, weight.t())
-    return torch.einsum("mbi,boi->mbo", x.unflatten(1, (blocks, -1)), weight.unflatten(0, (blocks, -1))).flatten(1)
+        hidden = torch.relu(torch.mm(features.flatten(0, 1), encoder.mT)).view(2, count, -1)
+        return hidden, tanh(torch.bmm(hidden, decoders.mT))
+    cut = encoder.unflatten(0, (blocks, -1))
+    hidden = torch.relu(torch.einsum("nmbi,boi->nmbo", features.unflatten(2, (blocks, -1)), cut))
+    z = torch.einsum("nmbi,nboi->nmbo", hidden, decoders.unflatten(1, (blocks, -1)))
+    return hidden.flatten(2), tanh(z.flatten(2))
+
+
+def predict(features: Tensor, meta: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """``D_scale - 1/2`` and ``D_shift``, two ``(M, K)``; see :func:`decode`."""
+    decoded = decode(features, meta)[1]
+    return decoded[0] * 0.5, decoded[1]
 
 
 class Parameters(NamedTuple):

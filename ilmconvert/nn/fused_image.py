@@ -24,9 +24,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ilmconvert.nn.branches import Branch, Branches
+from ilmconvert.nn.branches import Branches
 from ilmconvert.nn.functional import Config, Parameters, key_features
-from ilmconvert.nn.gradients import differentiable, shares, split_saved
+from ilmconvert.nn.gradients import differentiable, split_saved
 from ilmconvert.nn.kernels import (
     affine,
     channel_sums,
@@ -93,8 +93,8 @@ def _image(x: Tensor, parameters: Parameters, config: Config) -> tuple[Tensor, b
     else:
         spread = key_rstd.pow(-2) - eps if center is None else key_rstd.reciprocal()
     predicted = Branches.of(key_features(spread, key_mean, center, key_scale), meta)
-    scale = _rescaled(weight, scale_gain, predicted.scale, 1.0, 0.5, channels)
-    shift = _rescaled(bias, shift_gain, predicted.shift, 0.0, 1.0, channels)
+    scale = _rescaled(weight, scale_gain, predicted.decoded[0], 1.0, 0.5, channels)
+    shift = _rescaled(bias, shift_gain, predicted.decoded[1], 0.0, 1.0, channels)
     if how.unbiased:  # as a biased variance under another eps, with a smaller scale
         scale = scale / math.sqrt(excess)
     if few and keys == groups:
@@ -106,7 +106,7 @@ def _image(x: Tensor, parameters: Parameters, config: Config) -> tuple[Tensor, b
         factor = _grouped(scale, groups) * _grouped(rstd, groups)
         offset = torch.addcmul(_grouped(shift, groups), factor, _grouped(mean, groups), value=-1)
         y = view.restored(affine(flat, factor.reshape(scale.shape), offset.reshape(scale.shape), view.dim))
-    kept = mean, rstd, scale, key_mean, spread, *predicted.scale, *predicted.shift
+    kept = mean, rstd, scale, key_mean, spread, *predicted
     return y, few, far, kept
 
 
@@ -127,7 +127,7 @@ class _Image(torch.autograd.Function):
             return differentiable(config, inputs, grad)
         x, weight, bias, *meta, scale_gain, shift_gain, _, key_scale = inputs
         mean, rstd, scale, key_mean, spread, *rest = kept
-        predicted = Branches.kept(rest)
+        predicted = Branches(*rest)
         groups, how, view = config.num_groups, config.how, _View.of(x)
         if few:
             d_x, products, sums = group_norm_backward(grad.contiguous(), x, scale, mean, rstd)
@@ -138,16 +138,17 @@ class _Image(torch.autograd.Function):
             second, first = ((factor * _grouped(t, groups)).sum(2) for t in (products, sums))
         if how.unbiased:
             products = products / math.sqrt(_bessel(x, groups))
-        d_weight, d_scale_gain, d_scale = _own_gradients(products, weight, scale_gain, predicted.scale, 0.5)
-        d_bias, d_shift_gain, d_shift = _own_gradients(sums, bias, shift_gain, predicted.shift, 1.0)
+        d_weight, d_scale_gain, d_scale = _own_gradients(products, weight, scale_gain, predicted.decoded[0], 0.5)
+        d_bias, d_shift_gain, d_shift = _own_gradients(sums, bias, shift_gain, predicted.decoded[1], 1.0)
         keys, size = config.num_key_groups, x[0].numel()
-        slope, d_mean, *d_meta = predicted.backward(d_scale, d_shift, meta, shares(size // keys, how.unbiased))
+        slope, offset, *d_meta = predicted.backward(d_scale, d_shift, meta, keys / size)
         parameters = d_weight, d_bias, *d_meta, d_scale_gain, d_shift_gain, None, None
         if not ctx.needs_input_grad[0]:
             return None, *parameters, None
         if key_scale is not None:
-            slope, d_mean = slope / (key_scale[0] * spread) * 0.5, d_mean / key_scale[1]  # now of the variance
-        offset = torch.addcmul(d_mean, slope, key_mean, value=-1)
+            slope, offset = slope / (key_scale[0] * spread) * 0.5, offset / key_scale[1]  # now of the variance
+        slope = slope * (2 * _bessel(x, keys) if how.unbiased else 2)
+        offset = torch.addcmul(offset, slope, key_mean, value=-1)
         if few:
             _grouped(d_x, keys).addcmul_(_grouped(x, keys), _grouped(slope, keys)).add_(_grouped(offset, keys))
             return d_x, *parameters, None
@@ -175,10 +176,10 @@ def _over(value: Tensor, channels: int) -> Tensor:
 
 
 def _rescaled(
-    own: Tensor | None, gain: Tensor | None, branch: Branch, default: float, factor: float, channels: int
+    own: Tensor | None, gain: Tensor | None, decoded: Tensor, default: float, factor: float, channels: int
 ) -> Tensor:
     """``own + gain * prediction`` for each instance and channel: ``(N, C)``."""
-    decoded = _over(branch.decoded, channels)
+    decoded = _over(decoded, channels)
     own = decoded.new_full((channels,), default) if own is None else own
     if gain is None:
         return torch.add(own, decoded, alpha=factor)
@@ -186,14 +187,14 @@ def _rescaled(
 
 
 def _own_gradients(
-    total: Tensor, own: Tensor | None, gain: Tensor | None, branch: Branch, factor: float
+    total: Tensor, own: Tensor | None, gain: Tensor | None, decoded: Tensor, factor: float
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """From the gradient of scale or shift, ``(N, C)``, to those of weight or bias, gain, and prediction ``(N, K)``."""
-    keys, channels = branch.decoded.shape[1], total.shape[1]
+    keys, channels = decoded.shape[1], total.shape[1]
     d_own = None if own is None else total.sum(0)
     if gain is None:
         return d_own, None, _grouped(total, keys).sum(2)
-    d_gain = (total * _over(branch.decoded, channels)).sum(0)
+    d_gain = (total * _over(decoded, channels)).sum(0)
     return d_own, d_gain if factor == 1 else d_gain * factor, _grouped(total * gain, keys).sum(2)
 
 

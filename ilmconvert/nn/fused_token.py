@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from ilmconvert.nn.branches import Branches
-from ilmconvert.nn.functional import Config, Parameters
-from ilmconvert.nn.gradients import differentiable, shares, split_saved
+from ilmconvert.nn.functional import Config, Parameters, key_features
+from ilmconvert.nn.gradients import differentiable, split_saved
 from ilmconvert.nn.kernels import coarser, moments
 
 __all__ = ["token_ilm_norm"]
@@ -40,13 +40,13 @@ class _Token(torch.autograd.Function):
         (channels,) = config.shape
         tokens, rows = x.view(-1, channels), x.view(-1, channels // config.num_key_groups)
         mean, var, _ = moments(rows.view(len(tokens), config.num_key_groups, -1), 2, config.num_key_groups)
-        keys = Branches.of((var, mean), meta)
+        keys = Branches.of(key_features(var, mean, None, None), meta)
         y, mu, rstd = torch.native_layer_norm(tokens, (channels,), weight, bias, config.how.eps)
-        slope = keys.scale.decoded * (rstd / 2)
-        offset = torch.addcmul(keys.shift.decoded, slope, mu, value=-1)
+        slope = keys.decoded[0] * (rstd / 2)
+        offset = torch.addcmul(keys.decoded[1], slope, mu, value=-1)
         y.view_as(rows).addcmul_(rows, slope.view(-1, 1)).add_(offset.view(-1, 1))
         ctx.config = config
-        ctx.save_for_backward(x, *tensors, mu, rstd, slope, *keys.scale, *keys.shift)
+        ctx.save_for_backward(x, *tensors, mu, rstd, slope, *keys)
         return torch.ops.aten._unsafe_view(y, x.shape)  # type: ignore[no-any-return]  # an activation may overwrite it
 
     @staticmethod
@@ -55,16 +55,16 @@ class _Token(torch.autograd.Function):
         if torch.is_grad_enabled():
             return differentiable(ctx.config, inputs, grad)
         x, weight, bias, *meta = inputs[:6]
-        keys, (channels,) = Branches.kept(kept), ctx.config.shape
+        keys, (channels,) = Branches(*kept), ctx.config.shape
         tokens, rows = x.view(-1, channels), x.view(-1, channels // ctx.config.num_key_groups)
         g = grad.contiguous().view_as(tokens)
         d_scale, d_shift = _key_sums(g, tokens, mu, rstd, ctx.config.num_key_groups)
-        a, d_mean, *d_meta = keys.backward(d_scale, d_shift, meta[:3], shares(rows.shape[1], False))
+        a, b, *d_meta = keys.backward(d_scale, d_shift, meta[:3], 1 / rows.shape[1])
         wanted = [True, weight is not None, bias is not None]
         d_x, d_weight, d_bias = torch.ops.aten.native_layer_norm_backward(
             g, tokens, (channels,), mu, rstd, weight, bias, wanted
         )
-        b = torch.addcmul(d_mean, a, keys.shift.feature, value=-1)
+        b = torch.addcmul(b, a.mul_(2), keys.features[1], value=-1)
         first, second = ((slope * d).sum(1, keepdim=True) / channels for d in (d_shift, d_scale))
         second.mul_(rstd)
         b.add_(torch.addcmul(-first, second, mu))
@@ -95,29 +95,30 @@ class _Arithmetic(torch.autograd.Function):
         rows = x.view(-1, config.num_key_groups, config.shape[0] // config.num_key_groups)
         mean = rows.mean(2)
         var = (rows - mean.unsqueeze(2)).square().mean(2)  # over few values, twice is faster than once with a pivot
-        keys = Branches.of((var, mean), meta, _tanh)
+        keys = Branches.of(key_features(var, mean, None, None), meta, _tanh)
         mu, total = coarser(mean, var, 1)
         rstd = torch.rsqrt(total + config.how.eps)
         standardized = (rows - mu.unsqueeze(2)) * rstd.unsqueeze(2)
         y = _own(weight, rows, 1.0) * standardized + _own(bias, rows, 0.0)
-        y = y + (keys.scale.decoded / 2).unsqueeze(2) * standardized + keys.shift.decoded.unsqueeze(2)
+        y = y + (keys.decoded[0] / 2).unsqueeze(2) * standardized + keys.decoded[1].unsqueeze(2)
         ctx.config = config
-        ctx.save_for_backward(x, *tensors, mu, rstd, *keys.scale, *keys.shift)
+        ctx.save_for_backward(x, *tensors, mu, rstd, *keys)
         return torch.ops.aten._unsafe_view(y, x.shape)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         inputs, (mu, rstd, *kept) = split_saved(ctx.saved_tensors)
         x, weight, bias, *meta = inputs[:6]
-        keys, config = Branches.kept(kept), ctx.config
+        keys, config = Branches(*kept), ctx.config
         rows = x.view(-1, config.num_key_groups, config.shape[0] // config.num_key_groups)
         g, tokens = grad.reshape(rows.shape), x.view(len(rows), -1) - mu
         flat = grad.reshape(tokens.shape)
         d_shift = g.sum(2)
         d_scale = ((g * rows).sum(2) - mu * d_shift) * rstd  # not of the centered input: then both sums are one loop
-        a, d_mean, *d_meta = keys.backward(d_scale, d_shift, meta[:3], shares(rows.shape[2], False))
-        b = torch.addcmul(d_mean, a, keys.shift.feature, value=-1)
-        half, weighted = keys.scale.decoded / 2, flat if weight is None else flat * weight
+        a, b, *d_meta = keys.backward(d_scale, d_shift, meta[:3], 1 / rows.shape[2])
+        a = a * 2
+        b = torch.addcmul(b, a, keys.features[1], value=-1)
+        half, weighted = keys.decoded[0] / 2, flat if weight is None else flat * weight
         first = (weighted.sum(1, keepdim=True) + (half * d_shift).sum(1, keepdim=True)) / tokens.shape[1]
         second = (weighted * tokens).sum(1, keepdim=True) * rstd + (half * d_scale).sum(1, keepdim=True)
         second = second * rstd / tokens.shape[1]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ilmconvert.nn.functional import Config, Parameters, plain_ilm_norm
 
-__all__ = ["differentiable", "shares", "split_saved"]
+__all__ = ["differentiable", "split_saved"]
 
 
 def split_saved(saved: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -32,8 +32,3 @@ def differentiable(config: Config, inputs: tuple[Tensor, ...], grad: Tensor) -> 
     for i, value in zip(wanted, found, strict=True):
         grads[i] = value
     return tuple(grads)
-
-
-def shares(count: int, unbiased: bool) -> tuple[float, float]:
-    """The factors of ``ds`` in ``a`` and of ``dm`` in ``b`` of the module docstring, for groups of ``count`` values."""
-    return 2 / max(count - int(unbiased), 1), 1 / count

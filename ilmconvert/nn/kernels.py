@@ -61,7 +61,7 @@ def small(x: Tensor) -> bool:
 
 def _far(mean: Tensor, rstd: Tensor) -> bool:
     ratio = (mean * rstd).view(1, -1)
-    return torch.mm(ratio, ratio.t()).item() > _FAR
+    return torch.mm(ratio, ratio.mT).item() > _FAR
 
 
 def group_norm(

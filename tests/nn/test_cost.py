@@ -52,9 +52,9 @@ TOKEN = Standardization(layout="token")
 GAINS = {"num_groups": 8, "gains": True, "standardized_keys": True}
 BATCH_START = {"num_groups": 1, "num_key_groups": 1, "gains": True, "standardized_keys": True}
 CASES = {  # base norm, arguments, input, operations (views too) in forward and in backward
-    "sample": (nn.GroupNorm(8, 64), {"num_groups": 8}, (8, 64, 64, 64), (65, 79)),
-    "gains": (nn.GroupNorm(8, 64), GAINS, (8, 64, 64, 64), (72, 100)),
-    "token": (nn.LayerNorm(64), {"standardization": TOKEN}, (8, 49, 64), (38, 52)),
+    "sample": (nn.GroupNorm(8, 64), {"num_groups": 8}, (8, 64, 64, 64), (65, 83)),
+    "gains": (nn.GroupNorm(8, 64), GAINS, (8, 64, 64, 64), (68, 104)),
+    "token": (nn.LayerNorm(64), {"standardization": TOKEN}, (8, 49, 64), (38, 55)),
 }
 
 
@@ -71,8 +71,8 @@ def test_no_normalised_copy_and_few_operations(case: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "most"),
     [
-        pytest.param(BATCH_START, ((1, 32, 14), (1, 55, 14)), id="key groups are norm groups"),
-        pytest.param({"num_groups": 8}, ((2, 33, 14), (1, 42, 13)), id="other key groups"),  # theirs is normed in vain
+        pytest.param(BATCH_START, ((1, 28, 17), (1, 59, 16)), id="key groups are norm groups"),
+        pytest.param({"num_groups": 8}, ((2, 33, 17), (1, 46, 15)), id="other key groups"),  # theirs is normed in vain
     ],
 )
 def test_small_tensors_are_served_with_few_kinds_of_operations(

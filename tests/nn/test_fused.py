@@ -28,6 +28,7 @@ CASES = {
     "standardized": ((3, 48, 5, 4), {"num_groups": 6, "gains": True, "standardized_keys": True}),
     "blocks": ((3, 48, 5, 4), {"num_groups": 6, "gains": True, "standardized_keys": True, "num_blocks": 2}),
     "paper blocks": ((3, 48, 5, 4), {"num_groups": 6, "mode": "paper", "num_blocks": 2}),
+    "paper standardized": ((3, 48, 5, 4), {"num_groups": 6, "mode": "paper", "standardized_keys": True}),
     "no affine": ((3, 48, 5, 4), {"num_groups": 6, "weight": False, "bias": False}),
     "token": ((3, 7, 48), {"standardization": TOKEN}),
     "token without bias": ((3, 7, 48), {"standardization": TOKEN, "bias": False}),
