@@ -68,7 +68,7 @@ def layers() -> None:
         torch._dynamo.reset()
         modules[1].compile()
         x = torch.randn(shape)
-        ours, alone, _ = interleaved([training_step(m, x) for m in modules])
+        ours, alone, _ = interleaved([training_step(m, x) for m in modules], runs=101)
         tokens.append({"shape": str(shape), "ILM / LayerNorm": ours, "ILM compiled alone / LayerNorm": alone})
     write("speed_tokens", tokens, unit="forward and backward, float32, eager")
 
@@ -83,7 +83,7 @@ def compiled() -> None:
         torch._dynamo.reset()  # or the variants of earlier shapes exhaust the recompilation limit
         steps = [training_step(torch.compile(m, fullgraph=True), x) for m in (ours, base)]
         steps.insert(1, training_step(ours, x))
-        fast, eager, _ = interleaved(steps)
+        fast, eager, _ = interleaved(steps, runs=21 if image else 101)
         rows.append(
             {"shape": str(shape), "compiled ILM / compiled base": fast, "compiled ILM / eager ILM": fast / eager}
         )
@@ -113,8 +113,8 @@ def models() -> None:
     }
     for name, (x, others, converted) in cases.items():
         modules = [converted, *others.values()]
-        train = interleaved([training_step(m.train(), x) for m in modules], runs=9, warmup=2)
-        infer = interleaved([inference(m.eval(), x) for m in modules], runs=9, warmup=2)
+        train = interleaved([training_step(m.train(), x) for m in modules], runs=21, warmup=2)
+        infer = interleaved([inference(m.eval(), x) for m in modules], runs=21, warmup=2)
         for mode, ratios in (("training step", train), ("inference", infer)):
             batch_norm = ratios[1] if "BatchNorm" in others else None
             rows.append({"model": name, "what": mode, "converted / base": ratios[0], "BatchNorm / base": batch_norm})
