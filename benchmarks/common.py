@@ -7,10 +7,11 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import click
 import timm
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,18 @@ def training_step(module: nn.Module, x: Tensor) -> Callable[[], object]:
         module(x).backward(grad)
 
     return step
+
+
+def run_parts(parts: Mapping[str, Callable[[], None]]) -> None:
+    """Those that the command line names, or all of them."""
+
+    @click.command()
+    @click.argument("names", nargs=-1, type=click.Choice(tuple(parts)))
+    def command(names: tuple[str, ...]) -> None:
+        for name in names or parts:
+            parts[name]()
+
+    command()
 
 
 def write(name: str, rows: list[dict[str, Any]], **more: Any) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import statistics
-import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ilmconvert
-from benchmarks.common import write
+from benchmarks.common import run_parts, write
 
 SEEDS = range(5)
 Data = tuple[Tensor, Tensor]
@@ -202,11 +201,5 @@ def scratch() -> None:
     table("digits_scratch", figures, seeds=len(SEEDS), training_images=700, epochs=6)
 
 
-def main() -> None:
-    wanted = sys.argv[1:] or ["convert", "shift", "scratch"]
-    for name in wanted:
-        {"convert": convert, "shift": shift, "scratch": scratch}[name]()
-
-
 if __name__ == "__main__":
-    main()
+    run_parts({"convert": convert, "shift": shift, "scratch": scratch})

@@ -6,7 +6,6 @@ Run: ``python -m benchmarks.speed [layers] [compiled] [models]`` (all without ar
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import nn
 
 import ilmconvert
 from benchmarks.authors import AuthorsGroupNorm
-from benchmarks.common import interleaved, training_step, write
+from benchmarks.common import interleaved, run_parts, training_step, write
 from ilmconvert.nn import ILMNorm, Standardization
 
 IMAGES = ((8, 256, 56, 56), (32, 512, 28, 28), (8, 2048, 7, 7), (32, 64, 112, 112))
@@ -131,6 +130,4 @@ def inference(model: nn.Module, x: torch.Tensor) -> Callable[[], object]:
 
 if __name__ == "__main__":
     torch.set_num_threads(2)
-    parts = {"layers": layers, "compiled": compiled, "models": models}
-    for part in sys.argv[1:] or parts:
-        parts[part]()
+    run_parts({"layers": layers, "compiled": compiled, "models": models})
