@@ -146,7 +146,11 @@ def load_conversion(path: str | Path, *, model: nn.Module | None = None, trust_f
     """As :func:`load`, with the plan, the report and the original norms: it can be reverted and saved again."""
     folder = Path(path)
     if not is_saved(folder):
-        raise CheckpointError(f"expected a folder saved by ilmconvert (with {CONFIG} and {PLAN}) at {str(folder)!r}")
+        found = "a folder without them" if folder.is_dir() else "a file" if folder.exists() else "nothing"
+        raise CheckpointError(
+            f"expected a folder saved by ilmconvert (with {CONFIG} and {PLAN}) at {str(folder)!r}, found {found}; "
+            "`ilmconvert convert MODEL --output FOLDER` and `conversion.save(FOLDER)` make one"
+        )
     plan = _read_plan(folder)
     config = _read_config(folder)
     original = _rebuild(folder, config, trust_factory) if model is None else model
@@ -328,7 +332,8 @@ def _load_strictly(model: nn.Module, file: Path) -> None:
         load_model(model, str(file))
     except Exception as error:
         raise CheckpointError(
-            f"the weights in {str(file)!r} do not load: {' '.join(str(error).split())[:400]}"
+            f"the weights in {str(file)!r} do not load: {' '.join(str(error).split())[:400]}; "
+            "copy the folder again from where it was saved, or convert anew"
         ) from error
 
 
