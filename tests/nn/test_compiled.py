@@ -40,12 +40,15 @@ def same(eager: list[Tensor], compiled: list[Tensor]) -> None:
         assert relative(one, other) < 1e-4 or tiny
 
 
-def compiled_once(model: nn.Module, batches: list[Tensor]) -> None:
+def compiled_once(model: nn.Module, batches: list[Tensor], *, dynamic: bool | None = True) -> None:
+    """With ``dynamic`` None, the batch size alone varies, and the graph may count on the other sizes."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=dynamic)
     compilations = set()
     for x in batches:
+        if dynamic is None:
+            torch._dynamo.mark_dynamic(x, 0)
         same(run(model, model, x), run(compiled, model, x))
         compilations.add(counter.frame_count)
     assert len(compilations) == 1  # none but those of the first batch (of a timm model, converted or not, two)
@@ -57,10 +60,11 @@ def test_one_graph_for_every_batch_size(kind: str) -> None:
     compiled_once(model, [torch.randn(n, 3, 9, 9) for n in (2, 3, 6)])
 
 
-@pytest.mark.parametrize("positions", [(32,), (7,), ()], ids=str)  # sixteen rows at once are summed, seven, or all
-def test_one_graph_for_tokens(positions: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("dynamic", [True, None])
+@pytest.mark.parametrize("positions", [(32,), (7,), ()], ids=str)  # if known, 16 rows at once are summed, 7, or all
+def test_one_graph_for_tokens(positions: tuple[int, ...], dynamic: bool | None) -> None:
     model = speaking(ILMNorm(48, standardization=Standardization(layout="token")))
-    compiled_once(model, [torch.randn(n, *positions, 48) for n in (6, 16, 33)])
+    compiled_once(model, [torch.randn(n, *positions, 48) for n in (6, 16, 33)], dynamic=dynamic)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at it, whatever the input
