@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ilmconvert.nn.functional import decode
+from ilmconvert.nn.functional import decode, halved, joined_decoders
 
 __all__ = ["Branches"]
 
@@ -23,35 +23,37 @@ class Branches(NamedTuple):
 
     Attributes:
         features: what they were shown, ``(2, M, K)``, see :func:`ilmconvert.nn.functional.key_features`.
+        decoders: as they were applied, see :func:`ilmconvert.nn.functional.joined_decoders`.
         hidden: the embeddings, ``(2, M, e)``.
         decoded: ``2 D_scale - 1`` and ``D_shift``, ``(2, M, K)``.
     """
 
     features: Tensor
+    decoders: Tensor
     hidden: Tensor
     decoded: Tensor
 
     @classmethod
     def of(cls, features: Tensor, meta: Sequence[Tensor], tanh: Callable[[Tensor], Tensor] = torch.tanh) -> Branches:
         """The forward pass; ``meta`` is encoder, scale decoder and shift decoder."""
-        return cls(features, *decode(features, meta, tanh))
+        encoder, *own = meta
+        decoders = joined_decoders(*own)
+        return cls(features, decoders, *decode(features, encoder, decoders, tanh))
 
-    def backward(self, d_scale: Tensor, d_shift: Tensor, meta: Sequence[Tensor], share: float) -> tuple[Tensor, ...]:
-        """Gradients of both features (times ``share``), encoder, scale decoder and shift decoder.
+    def backward(self, d_scale: Tensor, d_shift: Tensor, encoder: Tensor, share: float) -> tuple[Tensor, ...]:
+        """Gradients of the features (times ``share``), encoder, scale decoder and shift decoder.
 
         Args:
-            d_scale, d_shift: those of ``D_scale`` and ``D_shift``, ``(M, K)``.
-            meta: encoder, scale decoder and shift decoder.
+            d_scale, d_shift: those of ``2 D_scale - 1`` and ``D_shift``, ``(M, K)``.
+            encoder: the encoder.
             share: a factor that the caller would apply; here it meets a small matrix.
         """
-        encoder, scale_decoder, shift_decoder = meta
-        decoders = torch.stack((scale_decoder * 0.25, shift_decoder))  # the derivative of tanh(z / 2) / 2
         d_z = torch.ops.aten.tanh_backward(torch.stack((d_scale, d_shift)), self.decoded)
-        d_hidden, d_decoders = _decoders_backward(d_z, self.hidden, decoders)
-        d_hidden = torch.ops.aten.threshold_backward(d_hidden, self.hidden, 0).flatten(0, 1)
-        d_features, d_encoder = _encoder_backward(d_hidden, self.features.flatten(0, 1), encoder, share)
-        d_features = d_features.view_as(self.features)
-        return d_features[0], d_features[1], d_encoder, d_decoders[0] * 0.25, d_decoders[1]
+        d_hidden, d_decoders = _decoders_backward(d_z, self.hidden, self.decoders)
+        d_hidden = torch.ops.aten.threshold_backward(d_hidden, self.hidden, 0)
+        d_features, d_encoder = _encoder_backward(d_hidden, self.features, encoder, share)
+        d_scale_decoder, d_shift_decoder = d_decoders.unbind()
+        return d_features, d_encoder, halved(d_scale_decoder), d_shift_decoder
 
 
 def _decoders_backward(d: Tensor, hidden: Tensor, decoders: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,10 +67,11 @@ def _decoders_backward(d: Tensor, hidden: Tensor, decoders: Tensor) -> tuple[Ten
 
 
 def _encoder_backward(d: Tensor, features: Tensor, encoder: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """Gradients of the features, times ``share``, and of the encoder; both branches in one dimension."""
-    blocks = features.shape[1] // encoder.shape[1]
+    """Gradients of the features, times ``share``, and of the encoder."""
+    blocks = features.shape[2] // encoder.shape[1]
     if blocks == 1:
-        return torch.mm(d, encoder * share), torch.mm(d.mT, features)
-    d, features = (t.unflatten(1, (blocks, -1)) for t in (d, features))
-    d_features = torch.einsum("mbo,boi->mbi", d, (encoder * share).unflatten(0, (blocks, -1)))
-    return d_features.flatten(1), torch.einsum("mbo,mbi->boi", d, features).flatten(0, 1)
+        d_features = torch.baddbmm(features, d, encoder.expand(2, -1, -1), beta=0, alpha=share)
+        return d_features, torch.bmm(d.mT, features).sum(0)
+    d, features = (t.unflatten(2, (blocks, -1)) for t in (d, features))
+    d_features = torch.einsum("nmbo,boi->nmbi", d, (encoder * share).unflatten(0, (blocks, -1)))
+    return d_features.flatten(2), torch.einsum("nmbo,nmbi->boi", d, features).flatten(0, 1)

@@ -42,6 +42,8 @@ __all__ = [
     "check_shape",
     "decode",
     "group_moments",
+    "halved",
+    "joined_decoders",
     "key_features",
     "plain_ilm_norm",
     "predict",
@@ -176,25 +178,34 @@ def key_features(spread: Tensor, mean: Tensor, center: Tensor | None, scale: Ten
     return (features - center.unsqueeze(1)) / scale.unsqueeze(1)
 
 
+def joined_decoders(scale_decoder: Tensor, shift_decoder: Tensor) -> Tensor:
+    """Both decoders as :func:`decode` takes them, ``(2, K, e / B)``: ``2 sigmoid(z) - 1 = tanh(z / 2)``."""
+    return torch.stack((halved(scale_decoder), shift_decoder))
+
+
+def halved(x: Tensor) -> Tensor:
+    """``x / 2``, exactly; a factor that is a Python number would cost a tensor and a conversion more."""
+    return torch.sub(x, x, alpha=0.5)
+
+
 def decode(
-    features: Tensor, meta: Sequence[Tensor], tanh: Callable[[Tensor], Tensor] = torch.tanh
+    features: Tensor, encoder: Tensor, decoders: Tensor, tanh: Callable[[Tensor], Tensor] = torch.tanh
 ) -> tuple[Tensor, Tensor]:
     """Both branches of the auto-encoder.
 
     Args:
         features: ``(2, M, K)``, of ``M`` instances.
-        meta: encoder ``(e, K / B)``, scale decoder and shift decoder ``(K, e / B)``; with ``B`` blocks, each serves its
-            own part of the key groups and of the embedding, as the groups of a convolution do.
+        encoder: ``(e, K / B)``; with ``B`` blocks, each serves its own part of the key groups and of the embedding, as
+            the groups of a convolution do.
+        decoders: see :func:`joined_decoders`.
         tanh: the activation, for a path that has a faster one.
 
     Returns:
         The embeddings ``(2, M, e)``, and ``2 D_scale - 1`` and ``D_shift``: ``(2, M, K)``.
     """
-    encoder, scale_decoder, shift_decoder = meta
-    decoders = torch.stack((scale_decoder * 0.5, shift_decoder))  # 2 sigmoid(z) - 1 = tanh(z / 2)
-    count, blocks = features.shape[1], features.shape[2] // encoder.shape[1]
+    blocks = features.shape[2] // encoder.shape[1]
     if blocks == 1:
-        hidden = torch.relu(torch.mm(features.flatten(0, 1), encoder.mT)).view(2, count, -1)
+        hidden = torch.relu(torch.bmm(features, encoder.mT.expand(2, -1, -1)))
         return hidden, tanh(torch.bmm(hidden, decoders.mT))
     cut = encoder.unflatten(0, (blocks, -1))
     hidden = torch.relu(torch.einsum("nmbi,boi->nmbo", features.unflatten(2, (blocks, -1)), cut))
@@ -203,8 +214,9 @@ def decode(
 
 
 def predict(features: Tensor, meta: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """``D_scale - 1/2`` and ``D_shift``, two ``(M, K)``; see :func:`decode`."""
-    decoded = decode(features, meta)[1]
+    """``D_scale - 1/2`` and ``D_shift``, two ``(M, K)``; ``meta`` is encoder, scale decoder and shift decoder."""
+    encoder, *decoders = meta
+    decoded = decode(features, encoder, joined_decoders(*decoders))[1]
     return decoded[0] * 0.5, decoded[1]
 
 

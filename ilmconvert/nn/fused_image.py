@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ilmconvert.nn.branches import Branches
-from ilmconvert.nn.functional import Config, Parameters, key_features
+from ilmconvert.nn.functional import Config, Parameters, halved, key_features
 from ilmconvert.nn.gradients import differentiable, split_saved
 from ilmconvert.nn.kernels import (
     affine,
@@ -78,13 +78,14 @@ class _View(NamedTuple):
 def _image(x: Tensor, parameters: Parameters, config: Config) -> tuple[Tensor, bool, bool, tuple[Tensor, ...]]:
     """The forward pass: output, whether :func:`small` and far from zero, and what to keep."""
     weight, bias, *meta, scale_gain, shift_gain, center, key_scale = parameters
-    channels, groups, keys, how, view = x.shape[1], config.num_groups, config.num_key_groups, config.how, _View.of(x)
+    channels, groups, keys, how = x.shape[1], config.num_groups, config.num_key_groups, config.how
     eps: float = how.eps  # type: ignore[assignment]  # there is one, or this path would not serve
     excess = _bessel(x, groups) if how.unbiased else 1.0
-    few, far = view.dim == 2 and small(x), True
+    few, far = small(x), True
     if few:
         y, key_mean, key_rstd = group_norm(x, keys, eps / excess)
     else:
+        view = _View.of(x)
         flat = view.canonical(x)
         (mean, rstd), (key_mean, key_rstd), far = standardizers(flat, view.dim, groups, keys, eps / excess)
     if how.unbiased:
@@ -93,8 +94,9 @@ def _image(x: Tensor, parameters: Parameters, config: Config) -> tuple[Tensor, b
     else:
         spread = key_rstd.pow(-2) - eps if center is None else key_rstd.reciprocal()
     predicted = Branches.of(key_features(spread, key_mean, center, key_scale), meta)
-    scale = _rescaled(weight, scale_gain, predicted.decoded[0], 1.0, 0.5, channels)
-    shift = _rescaled(bias, shift_gain, predicted.decoded[1], 0.0, 1.0, channels)
+    for_scale, for_shift = predicted.decoded.unbind()
+    scale = _rescaled(weight, scale_gain, for_scale, channels, of_scale=True)
+    shift = _rescaled(bias, shift_gain, for_shift, channels, of_scale=False)
     if how.unbiased:  # as a biased variance under another eps, with a smaller scale
         scale = scale / math.sqrt(excess)
     if few and keys == groups:
@@ -128,26 +130,33 @@ class _Image(torch.autograd.Function):
         x, weight, bias, *meta, scale_gain, shift_gain, _, key_scale = inputs
         mean, rstd, scale, key_mean, spread, *rest = kept
         predicted = Branches(*rest)
-        groups, how, view = config.num_groups, config.how, _View.of(x)
+        groups, how = config.num_groups, config.how
         if few:
             d_x, products, sums = group_norm_backward(grad.contiguous(), x, scale, mean, rstd)
         else:
+            view = _View.of(x)
             flat, g = view.canonical(x), view.canonical(grad)
             products, sums = channel_sums(g, flat, view.dim, mean, rstd, ctx.far)
             factor = _grouped(scale, groups) * _grouped(rstd, groups)
             second, first = ((factor * _grouped(t, groups)).sum(2) for t in (products, sums))
         if how.unbiased:
             products = products / math.sqrt(_bessel(x, groups))
-        d_weight, d_scale_gain, d_scale = _own_gradients(products, weight, scale_gain, predicted.decoded[0], 0.5)
-        d_bias, d_shift_gain, d_shift = _own_gradients(sums, bias, shift_gain, predicted.decoded[1], 1.0)
+        for_scale, for_shift = predicted.decoded.unbind()
+        d_weight, d_scale_gain, d_scale = _own_gradients(products, weight, scale_gain, for_scale, of_scale=True)
+        d_bias, d_shift_gain, d_shift = _own_gradients(sums, bias, shift_gain, for_shift, of_scale=False)
         keys, size = config.num_key_groups, x[0].numel()
-        slope, offset, *d_meta = predicted.backward(d_scale, d_shift, meta, keys / size)
+        d_features, *d_meta = predicted.backward(d_scale, d_shift, meta[0], keys / size)
         parameters = d_weight, d_bias, *d_meta, d_scale_gain, d_shift_gain, None, None
         if not ctx.needs_input_grad[0]:
             return None, *parameters, None
         if key_scale is not None:
-            slope, offset = slope / (key_scale[0] * spread) * 0.5, offset / key_scale[1]  # now of the variance
-        slope = slope * (2 * _bessel(x, keys) if how.unbiased else 2)
+            d_features = d_features / key_scale.unsqueeze(1)
+        slope, offset = d_features.unbind()
+        slope = (
+            slope + slope if key_scale is None else slope / spread
+        )  # of the variance: half of the deviation's over it
+        if how.unbiased:
+            slope = slope * _bessel(x, keys)
         offset = torch.addcmul(offset, slope, key_mean, value=-1)
         if few:
             _grouped(d_x, keys).addcmul_(_grouped(x, keys), _grouped(slope, keys)).add_(_grouped(offset, keys))
@@ -161,7 +170,7 @@ class _Image(torch.autograd.Function):
 
 def _grouped(value: Tensor, groups: int) -> Tensor:
     """``(N, C)`` as ``(N, groups, C / groups)``, and ``(N, C, *)`` likewise."""
-    return value.view(len(value), groups, -1)
+    return value.view(value.shape[0], groups, -1)
 
 
 def _bessel(x: Tensor, groups: int) -> float:
@@ -175,27 +184,26 @@ def _over(value: Tensor, channels: int) -> Tensor:
     return value if value.shape[1] in (1, channels) else per_channel(value, channels)
 
 
-def _rescaled(
-    own: Tensor | None, gain: Tensor | None, decoded: Tensor, default: float, factor: float, channels: int
-) -> Tensor:
-    """``own + gain * prediction`` for each instance and channel: ``(N, C)``."""
-    decoded = _over(decoded, channels)
-    own = decoded.new_full((channels,), default) if own is None else own
+def _rescaled(own: Tensor | None, gain: Tensor | None, decoded: Tensor, channels: int, *, of_scale: bool) -> Tensor:
+    """``own + gain * prediction`` per instance and channel: ``(N, C)``; a scale's prediction is half of decoded."""
+    decoded, factor = _over(decoded, channels), 0.5 if of_scale else 1.0
+    own = decoded.new_full((channels,), float(of_scale)) if own is None else own
     if gain is None:
         return torch.add(own, decoded, alpha=factor)
     return torch.addcmul(own, gain, decoded, value=factor)
 
 
 def _own_gradients(
-    total: Tensor, own: Tensor | None, gain: Tensor | None, decoded: Tensor, factor: float
+    total: Tensor, own: Tensor | None, gain: Tensor | None, decoded: Tensor, *, of_scale: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """From the gradient of scale or shift, ``(N, C)``, to those of weight or bias, gain, and prediction ``(N, K)``."""
+    """From the gradient of scale or shift, ``(N, C)``, to those of weight or bias, gain, and decoded, ``(N, K)``."""
     keys, channels = decoded.shape[1], total.shape[1]
     d_own = None if own is None else total.sum(0)
+    if of_scale:
+        total = halved(total)
     if gain is None:
         return d_own, None, _grouped(total, keys).sum(2)
-    d_gain = (total * _over(decoded, channels)).sum(0)
-    return d_own, d_gain if factor == 1 else d_gain * factor, _grouped(total * gain, keys).sum(2)
+    return d_own, (total * _over(decoded, channels)).sum(0), _grouped(total * gain, keys).sum(2)
 
 
 def _joined(first: Tensor, second: Tensor, channels: int) -> Tensor:

@@ -58,15 +58,16 @@ class _Token(torch.autograd.Function):
         keys, (channels,) = Branches(*kept), ctx.config.shape
         tokens, rows = x.view(-1, channels), x.view(-1, channels // ctx.config.num_key_groups)
         g = grad.contiguous().view_as(tokens)
-        d_scale, d_shift = _key_sums(g, tokens, mu, rstd, ctx.config.num_key_groups)
-        a, b, *d_meta = keys.backward(d_scale, d_shift, meta[:3], 1 / rows.shape[1])
+        d_scale, d_shift = _key_sums(g, tokens, mu, rstd / 2, ctx.config.num_key_groups)
+        d_features, *d_meta = keys.backward(d_scale, d_shift, meta[0], 1 / rows.shape[1])
+        a, b = d_features.unbind()
         wanted = [True, weight is not None, bias is not None]
         d_x, d_weight, d_bias = torch.ops.aten.native_layer_norm_backward(
             g, tokens, (channels,), mu, rstd, weight, bias, wanted
         )
         b = torch.addcmul(b, a.mul_(2), keys.features[1], value=-1)
-        first, second = ((slope * d).sum(1, keepdim=True) / channels for d in (d_shift, d_scale))
-        second.mul_(rstd)
+        first = (slope * d_shift).sum(1, keepdim=True) / channels
+        second = (slope * d_scale).sum(1, keepdim=True) * (rstd * (2 / channels))
         b.add_(torch.addcmul(-first, second, mu))
         a.sub_(second)
         d_rows = d_x.view_as(rows)
@@ -74,15 +75,15 @@ class _Token(torch.autograd.Function):
         return d_x.view_as(x), d_weight, d_bias, *d_meta, None, None, None, None, None
 
 
-def _key_sums(g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, keys: int) -> tuple[Tensor, Tensor]:
-    """``sum(g x^)`` and ``sum(g)`` of each key group of each token: two ``(M, K)``, in one pass over both.
+def _key_sums(g: Tensor, x: Tensor, mean: Tensor, factor: Tensor, keys: int) -> tuple[Tensor, Tensor]:
+    """``factor sum(g (x - mean))`` and ``sum(g)`` of each key group of each token: two ``(M, K)``, in one pass.
 
     They are what Group Norm's backward returns for scale and shift, a key group being a channel and a token a group.
     """
     m, channels = x.shape
     rows = (1, m * keys, channels // keys)
     _, products, sums = torch.ops.aten.native_group_norm_backward(
-        g.view(rows), x.view(rows), mean.view(1, m), rstd.view(1, m), None, *rows, m, [False, True, True]
+        g.view(rows), x.view(rows), mean.view(1, m), factor.view(1, m), None, *rows, m, [False, True, True]
     )
     return products.view(m, keys), sums.view(m, keys)
 
@@ -115,9 +116,9 @@ class _Arithmetic(torch.autograd.Function):
         flat = grad.reshape(tokens.shape)
         d_shift = g.sum(2)
         d_scale = ((g * rows).sum(2) - mu * d_shift) * rstd  # not of the centered input: then both sums are one loop
-        a, b, *d_meta = keys.backward(d_scale, d_shift, meta[:3], 1 / rows.shape[2])
-        a = a * 2
-        b = torch.addcmul(b, a, keys.features[1], value=-1)
+        d_features, *d_meta = keys.backward(d_scale / 2, d_shift, meta[0], 1 / rows.shape[2])
+        a = d_features[0] * 2
+        b = torch.addcmul(d_features[1], a, keys.features[1], value=-1)
         half, weighted = keys.decoded[0] / 2, flat if weight is None else flat * weight
         first = (weighted.sum(1, keepdim=True) + (half * d_shift).sum(1, keepdim=True)) / tokens.shape[1]
         second = (weighted * tokens).sum(1, keepdim=True) * rstd + (half * d_scale).sum(1, keepdim=True)

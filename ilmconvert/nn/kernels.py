@@ -54,21 +54,23 @@ def _by_kernels(x: Tensor, dim: int) -> bool:
 
 
 def small(x: Tensor) -> bool:
-    """Whether Group Norm's kernels serve best, as they are: more passes over memory, fewer kinds of operations."""
+    """Whether Group Norm's kernels serve a ``(N, C, *)`` best: more passes over memory, fewer kinds of operations."""
+    if torch.compiler.is_compiling() or not x.is_cpu or not x.is_contiguous():
+        return False
     n, c = x.shape[:2]
-    return not torch.compiler.is_compiling() and x.is_cpu and n * c < x.numel() <= _SMALL
+    return n * c < x.numel() <= _SMALL
 
 
 def _far(mean: Tensor, rstd: Tensor) -> bool:
-    ratio = (mean * rstd).view(1, -1)
-    return torch.mm(ratio, ratio.mT).item() > _FAR
+    ratio = mean * rstd
+    return (ratio * ratio).sum().item() > _FAR
 
 
 def group_norm(
     x: Tensor, groups: int, eps: float, scale: Tensor | None = None, shift: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``scale x^ + shift`` of a small ``(N, C, *)``, both per instance and channel, and :func:`standardizers`."""
-    n, rows = len(x), x.shape[0] * x.shape[1]
+    n, rows = x.shape[0], x.shape[0] * x.shape[1]
     weight, bias = (None if t is None else t.view(rows) for t in (scale, shift))
     y, mean, rstd = torch.native_group_norm(x, weight, bias, 1, rows, x.numel() // rows, n * groups, eps)
     return y, mean.view(n, groups), rstd.view(n, groups)

@@ -14,7 +14,7 @@ from ilmconvert.nn import ILMNorm, Standardization
 
 
 class Count(TorchDispatchMode):
-    """Operations, and storages at least as large as those of the given tensors, beside these."""
+    """Operations, their kinds (views aside), and storages at least as large as the given tensors', beside these."""
 
     def __init__(self, *given: Tensor) -> None:
         super().__init__()
@@ -27,7 +27,8 @@ class Count(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         self.operations += 1
-        self.kinds.add(str(func))
+        if not func.is_view:
+            self.kinds.add(str(func))
         for value in tree_leaves(out):
             if isinstance(value, Tensor) and value.untyped_storage().nbytes() >= self._bytes:
                 pointer = value.untyped_storage().data_ptr()
@@ -52,9 +53,9 @@ TOKEN = Standardization(layout="token")
 GAINS = {"num_groups": 8, "gains": True, "standardized_keys": True}
 BATCH_START = {"num_groups": 1, "num_key_groups": 1, "gains": True, "standardized_keys": True}
 CASES = {  # base norm, arguments, input, operations (views too) in forward and in backward
-    "sample": (nn.GroupNorm(8, 64), {"num_groups": 8}, (8, 64, 64, 64), (65, 83)),
-    "gains": (nn.GroupNorm(8, 64), GAINS, (8, 64, 64, 64), (68, 104)),
-    "token": (nn.LayerNorm(64), {"standardization": TOKEN}, (8, 49, 64), (38, 55)),
+    "sample": (nn.GroupNorm(8, 64), {"num_groups": 8}, (8, 64, 64, 64), (63, 77)),
+    "gains": (nn.GroupNorm(8, 64), GAINS, (8, 64, 64, 64), (66, 93)),
+    "token": (nn.LayerNorm(64), {"standardization": TOKEN}, (8, 49, 64), (37, 50)),
 }
 
 
@@ -71,8 +72,8 @@ def test_no_normalised_copy_and_few_operations(case: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "most"),
     [
-        pytest.param(BATCH_START, ((1, 28, 17), (1, 59, 16)), id="key groups are norm groups"),
-        pytest.param({"num_groups": 8}, ((2, 33, 17), (1, 46, 15)), id="other key groups"),  # theirs is normed in vain
+        pytest.param(BATCH_START, ((1, 26, 11), (1, 47, 15)), id="key groups are norm groups"),
+        pytest.param({"num_groups": 8}, ((2, 31, 10), (1, 39, 15)), id="other key groups"),  # theirs is normed in vain
     ],
 )
 def test_small_tensors_are_served_with_few_kinds_of_operations(
