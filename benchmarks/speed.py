@@ -112,8 +112,8 @@ def models() -> None:
     }
     for name, (x, others, converted) in cases.items():
         modules = [converted, *others.values()]
-        train = interleaved([training_step(m.train(), x) for m in modules], runs=21, warmup=2)
-        infer = interleaved([inference(m.eval(), x) for m in modules], runs=21, warmup=2)
+        train = interleaved([training_step(m.train(), x) for m in modules], runs=41, warmup=2)
+        infer = interleaved([inference(m.eval(), x) for m in modules], runs=41, warmup=2)
         for mode, ratios in (("training step", train), ("inference", infer)):
             batch_norm = ratios[1] if "BatchNorm" in others else None
             rows.append({"model": name, "what": mode, "converted / base": ratios[0], "BatchNorm / base": batch_norm})
