@@ -84,10 +84,9 @@ class Conversion:
         for decision in current.plan.converted:
             norm, layer = originals[decision.path], get_module(model, decision.site.layer_path)
             norm.train(layer.training)
+            _follow_(norm, layer, current.originals[decision.path])
             if isinstance(layer, ILMNormAct):
                 norm.drop, norm.act = layer.drop, layer.act
-            if (like := first_tensor(layer)) is not None:
-                norm.to(like.device, like.dtype)
             if decision.site.call is None:
                 replacements.update(dict.fromkeys(decision.site.paths, norm))
         put_calls_back_(model, current.plan, originals)
@@ -271,6 +270,15 @@ def _carry_out(model: nn.Module, report: Report, progress: Progress | None, *, i
 
 def _fingerprint(model: nn.Module) -> str | None:
     return fingerprint(model, leave_out=lambda module: isinstance(module, ILMNorm))
+
+
+def _follow_(norm: nn.Module, layer: nn.Module, original: nn.Module) -> None:
+    """Move a norm to its layer's device, and to its dtype only if that is another since: a norm may hold several."""
+    tensors = dict(layer.named_parameters())
+    kept = ((p, tensors[name]) for name, p in original.named_parameters() if name in tensors)
+    before, now = next(kept, (first_tensor(original), first_tensor(layer)))
+    if before is not None and now is not None:
+        norm.to(now.device, None if now.dtype == before.dtype else now.dtype)
 
 
 def _module_at(model: nn.Module, path: str) -> nn.Module | None:

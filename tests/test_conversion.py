@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import ilmconvert
 from ilmconvert.errors import ModelError, PlanError, UsageError
@@ -271,6 +272,43 @@ def test_revert_follows_a_change_of_dtype() -> None:
     conversion = ilmconvert.convert(nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8)))
     conversion.model.double()
     assert conversion.revert()(torch.randn(2, 4, dtype=torch.float64)).dtype == torch.float64
+
+
+def mixed(norm: nn.Module) -> nn.Module:
+    """Parameters and weights in bfloat16, the rest as it was."""
+    for parameter in norm.parameters(recurse=False):
+        parameter.data = parameter.data.bfloat16()
+    if "weight" in norm._buffers:
+        norm.weight = norm.weight.bfloat16()
+    return norm
+
+
+MIXED = {
+    "statistics": lambda: mixed(nn.BatchNorm2d(8)),
+    "frozen": lambda: mixed(timm.layers.FrozenBatchNormAct2d(8)),
+    "activation": lambda: mixed(timm.layers.BatchNormAct2d(8, act_layer=nn.PReLU)),
+    "parametrized": lambda: weight_norm(nn.RMSNorm(8).bfloat16(), dim=None),
+}
+
+
+@pytest.mark.parametrize("kind", MIXED)
+def test_revert_keeps_each_dtype_of_a_norm(kind: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), MIXED[kind]())
+    for tensor in model[1].state_dict().values():
+        tensor.copy_(torch.rand(tensor.shape) + 0.3)
+    conversion = ilmconvert.convert(model)
+    assert len({t.dtype for t in model.state_dict().values() if t.is_floating_point()}) == 2
+    assert same_state(model, conversion.revert())
+    conversion.model.double()
+    assert same_state(copy.deepcopy(model).double(), conversion.revert())
+
+
+def test_revert_follows_a_change_of_dtype_with_tied_parameters() -> None:
+    model = nn.Sequential(nn.LayerNorm(8), nn.LayerNorm(8))
+    model[1].weight = model[0].weight
+    conversion = ilmconvert.convert(model)
+    conversion.model.double()
+    assert same_state(copy.deepcopy(model).double(), conversion.revert())
 
 
 def test_model_whose_deepcopy_copies_nothing_is_refused() -> None:
