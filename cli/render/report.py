@@ -9,6 +9,8 @@ from ilmconvert_cli.render.console import stdout
 from rich.markup import escape
 from rich.table import Table
 
+from ilmconvert.checkpoint.card import load_call
+from ilmconvert.checkpoint.folder import saved_source
 from ilmconvert.report import describe_target, plural
 
 if TYPE_CHECKING:
@@ -69,7 +71,8 @@ def print_summary(report: Report, *, would: bool = False) -> None:
 
 def print_saved(folder: Path) -> None:
     """Where the result is and what to do with it."""
-    out = stdout()
-    out.print(f"\nsaved to {escape(str(folder))}")
-    out.print(f"  check it: ilmconvert verify {escape(str(folder))}")
-    out.print(f'  use it:   model = ilmconvert.load("{escape(str(folder))}")', markup=False)
+    out, source = stdout(), saved_source(folder)
+    trust = " --trust-factory" if source is not None and source.kind == "factory" else ""
+    out.print(f"\nsaved to {folder}", markup=False)
+    out.print(f"  check it: ilmconvert verify {folder}{trust}", markup=False, soft_wrap=True)
+    out.print(f"  use it:   model = {load_call(str(folder), source)}", markup=False, soft_wrap=True)

@@ -5,14 +5,25 @@ from __future__ import annotations
 from ilmconvert.conversion import Conversion
 from ilmconvert.sources import Source
 
-__all__ = ["model_card"]
+__all__ = ["load_call", "model_card"]
+
+
+def load_call(folder: str, source: Source | None) -> str:
+    """The Python that loads a saved folder.
+
+    Example:
+        >>> print(load_call("saved", Source("factory", "package.module:factory")))
+        ilmconvert.load("saved", trust_factory=True)
+    """
+    if source is None:
+        return f'ilmconvert.load("{folder}", model=the_rebuilt_original)'
+    return f'ilmconvert.load("{folder}"{", trust_factory=True" if source.kind == "factory" else ""})'
 
 
 def model_card(conversion: Conversion, source: Source | None) -> str:
     """Markdown with Hugging Face front matter: what the model is, how to load it, what was converted."""
     name = source.name if source else conversion.plan.model
     front = ["library_name: timm"] if source and source.kind == "timm" else []
-    call = 'ilmconvert.load("this folder"' + (")" if source else ", model=the_rebuilt_original)")
     lines = [
         "---",
         "tags:",
@@ -28,7 +39,7 @@ def model_card(conversion: Conversion, source: Source | None) -> str:
         "",
         "```python",
         "import ilmconvert",
-        f"model = {call}",
+        f"model = {load_call('this folder', source)}",
         "```",
         "",
         "## Report",

@@ -38,7 +38,17 @@ from ilmconvert.report import Report
 from ilmconvert.rewrite import rewrite
 from ilmconvert.sources import Source, build
 
-__all__ = ["FORMAT_VERSION", "RECORDS", "check_target", "is_saved", "load", "load_conversion", "save", "write_beside"]
+__all__ = [
+    "FORMAT_VERSION",
+    "RECORDS",
+    "check_target",
+    "is_saved",
+    "load",
+    "load_conversion",
+    "save",
+    "saved_source",
+    "write_beside",
+]
 
 FORMAT_VERSION = 1
 WEIGHTS, NORMS, CONFIG, PLAN, CARD = (
@@ -57,6 +67,11 @@ def is_saved(path: str | Path) -> bool:
     """Whether ``path`` is a folder that :func:`save` wrote."""
     folder = Path(path)
     return (folder / PLAN).is_file() and (folder / CONFIG).is_file() and "ilmconvert" in _read_json(folder / CONFIG)
+
+
+def saved_source(path: str | Path) -> Source | None:
+    """How a saved folder says that its original is built; None if it does not."""
+    return _source(_read_config(Path(path)))
 
 
 def save(
@@ -326,7 +341,9 @@ def _load_strictly(model: nn.Module, file: Path) -> None:
     try:
         with safe_open(file, "pt") as stored:
             dtypes = {name: stored.get_slice(name).get_dtype() for name in stored.keys()}  # noqa: SIM118
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        # a tied tensor is stored under one of its names, not always its first
+        tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+        for name, tensor in tensors:
             if dtypes.get(name) in _DTYPES:
                 tensor.data = tensor.data.to(_DTYPES[dtypes[name]])
         load_model(model, str(file))
@@ -343,7 +360,7 @@ def norm_tensors(originals: dict[str, nn.Module]) -> dict[str, Tensor]:
         f"{path}.{name}".lstrip("."): tensor.detach().contiguous().clone()
         for path, norm in originals.items()
         for name, tensor in norm.state_dict().items()
-        if "." not in name
+        if not name.startswith(("drop.", "act."))
     }
 
 
@@ -354,6 +371,6 @@ def _restore_norms(originals: dict[str, nn.Module], file: Path) -> None:
         raise CheckpointError(f"the original norms in {str(file)!r} cannot be read: {error}") from error
     check_keys(norm_tensors(originals), tensors, str(file))
     for path, norm in originals.items():
-        for name, tensor in (*norm.named_parameters(recurse=False), *norm.named_buffers(recurse=False)):
+        for name, tensor in (*norm.named_parameters(), *norm.named_buffers()):
             if (stored := tensors.get(f"{path}.{name}".lstrip("."))) is not None:
                 tensor.data = stored

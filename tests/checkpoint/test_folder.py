@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import ilmconvert
 from ilmconvert.checkpoint.folder import write_beside
@@ -107,6 +109,34 @@ def test_factory_and_rebuilt_model(tmp_path: Path) -> None:
         ilmconvert.load(without)
     with pytest.raises(PlanError, match="the plan is for another model"):
         ilmconvert.load(without, model=small_cnn(16))
+
+
+@pytest.mark.parametrize("factory", ["tests.models:small_cnn", None])
+def test_python_of_the_model_card_loads_the_folder(tmp_path: Path, factory: str | None) -> None:
+    model = randomize_norms(small_cnn())
+    conversion = ilmconvert.convert(model)
+    folder = conversion.save(tmp_path / "saved", factory=factory)
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    names = {"the_rebuilt_original": small_cnn()}
+    exec(code.replace("this folder", str(folder)), names)
+    assert same_state(conversion.model, names["model"])
+
+
+def parametrized_norms() -> nn.Module:
+    fused = timm.layers.GroupNormAct(8, 2, act_layer=nn.PReLU)
+    return nn.Sequential(nn.Linear(8, 8), weight_norm(nn.LayerNorm(8), dim=None), weight_norm(fused, dim=None))
+
+
+def test_parametrized_norms_are_restored(tmp_path: Path) -> None:
+    model, x = parametrized_norms().eval(), torch.randn(3, 8)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    conversion = ilmconvert.convert(model, example_inputs=x)
+    assert len(conversion.report.converted) == 2
+    folder = conversion.save(tmp_path / "saved", factory=f"{__name__}:parametrized_norms")
+    reverted = ilmconvert.load_conversion(folder, trust_factory=True).revert()
+    assert same_state(model, reverted)
+    assert torch.equal(model(x), reverted(x))
 
 
 @pytest.mark.parametrize("make", [TiedNorm, Branching])
@@ -220,6 +250,27 @@ def test_dtypes_are_restored(tmp_path: Path, dtype: torch.dtype) -> None:
     conversion = ilmconvert.convert(timm.create_model("test_vit").to(dtype))
     loaded = ilmconvert.load(conversion.save(tmp_path / "saved"))
     assert same_state(conversion.model, loaded)
+
+
+def tied_head(dtype: torch.dtype = torch.float32) -> nn.Module:
+    """An embedding and a decoder of one weight and one buffer, stored under the decoder's name."""
+    layers = OrderedDict(embed=nn.Embedding(11, 8), norm=nn.LayerNorm(8), decoder=nn.Linear(8, 11))
+    model = nn.Sequential(layers).to(dtype)
+    model.decoder.weight = model.embed.weight
+    model.embed.register_buffer("seen", torch.rand(4, dtype=dtype))
+    model.decoder.register_buffer("seen", model.embed.seen)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_dtypes_of_tied_weights_are_restored(tmp_path: Path, dtype: torch.dtype) -> None:
+    conversion = ilmconvert.convert(tied_head(dtype))
+    loaded = ilmconvert.load(conversion.save(tmp_path / "saved"), model=tied_head())
+    assert same_state(conversion.model, loaded)
+    assert loaded.embed.weight is loaded.decoder.weight
+    assert loaded.embed.seen is loaded.decoder.seen
+    tokens = torch.arange(11)
+    assert torch.equal(loaded(tokens), conversion.model(tokens))
 
 
 def test_model_with_a_new_head_of_norms(tmp_path: Path) -> None:

@@ -104,6 +104,16 @@ def test_factory_model_with_arguments(capsys: Output) -> None:
     assert "declares no input size" in capsys.readouterr().err
 
 
+def test_what_is_printed_after_a_conversion_can_be_run(capsys: Output) -> None:
+    folder = f"{'long' * 30}[b]"
+    assert main(["convert", "tests.models:small_cnn", "--input-size", "3,12,12", "-o", folder]) == 0
+    check, use = capsys.readouterr().out.splitlines()[-2:]
+    assert main([*check.split()[3:], "--input-size", "3,12,12"]) == 0
+    names = {"ilmconvert": ilmconvert}
+    exec(use.removeprefix("  use it:   "), names)
+    assert same_state(names["model"], ilmconvert.load(folder, trust_factory=True))
+
+
 def test_saved_folder_is_converted_anew_from_its_original_norms(capsys: Output) -> None:
     assert main(["convert", "test_resnet", "-o", "a"]) == 0
     assert main(["convert", "a", "-o", "b", "--bn-to", "instance"]) == 0
@@ -243,3 +253,8 @@ def test_survey_writes_records_and_page(capsys: Output) -> None:
     assert main(["survey", "nonsense"]) == 2
     assert main(["survey", "--resume"]) == 2
     assert "expected --output FILE to resume from" in capsys.readouterr().err
+    Path("notes.md").write_text("mine")
+    for page in ("notes.md", "missing/page.md"):  # told before any model is run
+        assert main(["survey", "test_vit", "--markdown", page]) == 2
+        said = capsys.readouterr()
+        assert (said.out, said.err.count("\n")) == ("", 1)
