@@ -180,7 +180,8 @@ def _target(
             return None, ()
         if groups != wanted:
             notes.append(f"{groups} groups instead of {wanted:g}: {_why(channels, wanted)}")
-        if options.mode == "preserve" and options.gains is not False and _default_head(options):
+        detecting = spec.fixed_statistics and options.mode == "preserve" and options.gains is not False
+        if detecting and _default_head(options):
             blocks = 1 if groups <= MAX_DENSE else groups
             return Target(groups, groups, 2 * groups, gains=True, standardized_keys=True, num_blocks=blocks), (*notes,)
     size = options.key_group_size or KEY_GROUP_SIZE

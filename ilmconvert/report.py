@@ -77,9 +77,9 @@ class Report:
             first = f"{plural(len(changed), 'layer')} start from the paper's initialisation: the model must be trained"
         else:
             first = (
-                f"the model's function has changed: {plural(len(changed), 'norm')} used batch statistics, and a "
-                "predictor of this shape keeps only their average effect, so calibrate or train the model before "
-                "relying on it"
+                f"the model's function has changed: {plural(len(changed), 'norm')} used batch statistics, of "
+                "which the new layers keep at most the average effect, so calibrate or train the model before relying "
+                "on it"
             )
         return (first, *notes)
 

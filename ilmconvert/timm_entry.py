@@ -82,26 +82,33 @@ def _register() -> None:
 
 
 class _AfterTimm:
-    """Lets timm be found as ever, and registers the entry point once it is loaded.
+    """Lets timm be found as ever, and registers the entry point once it is loaded, not when it is merely looked for.
 
     It has no base class: importlib.abc would double the time that ``import ilmconvert`` takes.
     """
+
+    def __init__(self) -> None:
+        self._looking = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """The spec of timm, with the registration after its loading; None for everything else."""
-        if fullname != "timm":
+        if fullname != "timm" or self._looking:
             return None
         from importlib.util import find_spec
 
-        sys.meta_path.remove(self)
-        spec = find_spec(fullname)
+        self._looking = True
+        try:
+            spec = find_spec(fullname)
+        finally:
+            self._looking = False
         if spec is not None and spec.loader is not None:
             load = spec.loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
                 load(module)
+                sys.meta_path.remove(self)
                 _register()
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]

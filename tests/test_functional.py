@@ -249,6 +249,58 @@ def test_call_that_nothing_can_follow_is_reported(inside: bool) -> None:
     assert "torch.fx cannot follow the module that makes the call" in decision.reason
 
 
+class Auxiliary(nn.Module):
+    """A functional norm that training alone reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.aux = nn.LayerNorm(C), Owner(CALLS["layer"][0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return y + self.aux(y) if self.training else y
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_call_of_the_other_mode_is_found(training: bool) -> None:
+    model, x = Auxiliary().train(training), torch.randn(TOKENS)
+    conversion = ilmconvert.convert(model, example_inputs=x)
+    assert {d.path: d.site.calls for d in conversion.report.converted} == {"norm": 1, "aux:layer_norm_gamma": training}
+    assert relative(model.train()(x), conversion.model.train()(x)) < 1e-6
+
+
+def test_calls_of_one_function_on_inputs_of_different_ranks_are_refused() -> None:
+    class Ranks(nn.Module):
+        def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+            return F.instance_norm(x), F.instance_norm(z, eps=1e-3)
+
+    given = {"x": torch.randn(8, 8, 4, 4), "z": torch.randn(8, 8, 16)}
+    reasons = [d.reason for d in ilmconvert.inspect(Ranks(), example_inputs=given).skipped]
+    assert len(reasons) == 2
+    assert all("or differs between such calls" in reason for reason in reasons)
+
+
+def test_batch_statistics_in_evaluation_too_are_no_running_ones() -> None:
+    class Episodic(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gamma = nn.Parameter(torch.rand(C))
+            self.register_buffer("mean", torch.rand(C))
+            self.register_buffer("var", torch.rand(C))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.batch_norm(x, self.mean, self.var, self.gamma, training=True)
+
+    model, x = Episodic().eval(), torch.randn(16, C)
+    before = copy.deepcopy(model)
+    conversion = ilmconvert.convert(model, example_inputs=x)
+    (layer,) = (m for m in conversion.model.modules() if isinstance(m, ILMNorm))
+    assert torch.equal(layer.weight, model.gamma)
+    assert not layer.predictor.scale_decoder.weight.any()
+    assert "the model's function has changed: 1 norm used batch statistics" in conversion.report.warnings[0]
+    assert same_state(conversion.revert(), before)
+
+
 def test_mention_that_does_not_run_is_none() -> None:
     class Never(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -22,7 +22,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return ilmconvert.convert(model).save(tmp_path_factory.mktemp("timm") / "resnet-ilm")
 
 
-@pytest.mark.parametrize("imports", ["import ilmconvert, timm", "import timm, ilmconvert"])
+LOOK = "import importlib.util; importlib.util.find_spec('timm')"  # as transformers and lightning do
+
+
+@pytest.mark.parametrize(
+    "imports",
+    ["import ilmconvert, timm", "import timm, ilmconvert", f"import ilmconvert; {LOOK}; import timm"],
+)
 def test_in_a_fresh_interpreter(folder: Path, imports: str) -> None:
     code = (
         f"import sys; {imports}; "

@@ -68,8 +68,10 @@ def survey(
     from ilmconvert_cli.render.survey import print_survey, survey_bar
 
     from ilmconvert.errors import UsageError
-    from ilmconvert.survey import SurveyOptions, run_survey, write_page
+    from ilmconvert.survey import SurveyOptions, check_page, run_survey, write_page
 
+    if markdown is not None:
+        check_page(markdown, force=force)  # before any work is done
     if resume and output is None:
         raise UsageError("expected --output FILE to resume from")
     wanted = SurveyOptions(

@@ -165,6 +165,7 @@ def norm_nodes(
     taken: Counter[str] = Counter()
     counts = {mode: Counter(_key(node) for node in _norms(graph)) for mode, graph in graphs.items()}
     result: dict[bool, list[tuple[fx.Node, FoundCall]]] = {True: [], False: []}
+    batchwise: set[str] = set()  # calls that take the batch's statistics in evaluation too
     for mode in (False, True):
         ordinals: Counter[tuple[Any, ...]] = Counter()
         reads = {n.target for n in graphs[mode].nodes if n.op == "get_attr" and not harmless_read(n)}
@@ -174,6 +175,10 @@ def norm_nodes(
             arguments = _arguments(node)
             tensors = {slot: str(v.target) for slot in _SLOTS if _is_attribute(v := arguments.get(slot))}
             name = _name(names, taken, key if tensors else (*key, ordinals[key]), tensors)
+            if not mode and arguments.get("training") is True:
+                batchwise.add(name)
+            if name in batchwise:
+                tensors = {slot: path for slot, path in tensors.items() if not slot.startswith("running")}
             refusal = _refusal(node, arguments, owner, reads)
             if not tensors and 0 not in (n := {c[key] for c in counts.values()}) and len(n) > 1:
                 refusal = Refusal("functional", "training and evaluation make different numbers of such calls")
@@ -343,7 +348,9 @@ def _channelwise(
         else {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
     )
     if rank not in classes:
-        return Refusal("functional", "the rank of its input is not known; give example inputs")
+        return Refusal(
+            "functional", "its input's rank is not known (give example inputs) or differs between such calls"
+        )
     made = classes[rank](width, eps=eps, affine=False, track_running_stats=stats)
     if stats:
         made.num_batches_tracked = None  # type: ignore[assignment]

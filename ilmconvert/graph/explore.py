@@ -36,9 +36,9 @@ class Exploration:
     untraced: dict[str, str] = field(default_factory=dict)
 
     def explore(self) -> Exploration:
-        """Trace in the model's own mode; if that misses norms, in the opposite mode too."""
+        """Trace in the model's own mode; if that may miss norms, in the opposite mode too."""
         self._piece("", self.model, "graph")
-        if self._missing(self.model):
+        if self._missing(self.model) or self._may_call_norms(self.model):
             self._explore_other_mode()
         return self
 
@@ -52,8 +52,8 @@ class Exploration:
             module.training = flag
         self.found.update({module: f"{how} (other mode)" for module, how in other.found.items()})
         self.calls.update(dict.fromkeys(other.found, 0))
-        known = {(owner, node.name) for owner, node, _ in self.functional}
-        self.functional += [call for call in other.functional if (call[0], call[1].name) not in known]
+        known = {(owner, function) for owner, _, function in self.functional}
+        self.functional += [call for call in other.functional if (call[0], call[2]) not in known]
 
     def _missing(self, module: nn.Module) -> bool:
         return any(m in self.norms and m not in self.found for m in module.modules())

@@ -96,7 +96,7 @@ def _of_owner(
 ) -> Iterator[FunctionalNorm]:
     how = "graph" if nodes else "run" if ran else "walk"
     try:
-        found = find_calls(module, {c.function: len(shapes[0]) for c, shapes in ran.items() if shapes})
+        found = find_calls(module, _ranks(ran))
     except TraceError as error:
         yield from _untraced(owner, module, nodes, ran, run.completed, str(error))
         return
@@ -108,6 +108,14 @@ def _of_owner(
         if not any(other.function == c.function for c in found.calls):  # inside a helper that the trace did not enter
             why = "a helper function makes the call"
             yield _refused(owner, module, other.function, other.on_weight, "run", why, other.reads)
+
+
+def _ranks(ran: Mapping[FunctionalCall, Shapes]) -> dict[str, int]:
+    """Function to the rank of its input; none for a function whose calls differ in it."""
+    ranks: dict[str, set[int]] = {}
+    for call, shapes in ran.items():
+        ranks.setdefault(call.function, set()).update(len(shape) for shape in shapes)
+    return {function: seen.pop() for function, seen in ranks.items() if len(seen) == 1}
 
 
 def _norm_read(owner: str, module: nn.Module, call: FoundCall, exploration: Exploration) -> str | None:

@@ -236,19 +236,22 @@ _UNREGISTERED = Refusal(
 
 def _unregistered_sites(model: nn.Module) -> Iterator[Site]:
     """Norms in plain lists, tuples and dicts: torch does not know them as submodules."""
-    registered = set(model.modules())
+    registered, torchs_own = set(model.modules()), vars(nn.Module()).keys()
     for path, module in model.named_modules():
         for name, value in vars(module).items():
-            items = (
-                value.items()
-                if isinstance(value, dict)
-                else enumerate(value)
-                if isinstance(value, (list, tuple))
-                else ()
-            )
-            for key, item in items if not name.startswith("_") else ():
-                hidden = item.named_modules() if isinstance(item, nn.Module) and item not in registered else ()
-                for inner, norm in hidden:
-                    if find(norm) is not None:
-                        full = ".".join(part for part in (path, f"{name}[{key!r}]", inner) if part)
-                        yield Site((full,), class_name(type(norm)), refusal=_UNREGISTERED, training=norm.training)
+            hidden = _held(name, value, depth=3) if name not in torchs_own else ()
+            for place, norm in hidden:
+                if norm not in registered and find(norm) is not None:
+                    full = f"{path}.{place}" if path else place
+                    yield Site((full,), class_name(type(norm)), refusal=_UNREGISTERED, training=norm.training)
+
+
+def _held(place: str, value: object, depth: int) -> Iterator[tuple[str, nn.Module]]:
+    """The modules in a container, and in containers in it, and theirs."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    for key, item in items if depth else ():
+        inner = f"{place}[{key!r}]"
+        if isinstance(item, nn.Module):
+            yield from ((f"{inner}.{name}" if name else inner, m) for name, m in item.named_modules())
+        else:
+            yield from _held(inner, item, depth - 1)

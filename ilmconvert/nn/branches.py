@@ -46,7 +46,7 @@ class Branches(NamedTuple):
         Args:
             d_scale, d_shift: those of ``2 D_scale - 1`` and ``D_shift``, ``(M, K)``.
             encoder: the encoder.
-            share: a factor that the caller would apply; here it meets a small matrix.
+            share: a factor that the caller would apply; here a matrix product takes it along.
         """
         d_z = torch.ops.aten.tanh_backward(torch.stack((d_scale, d_shift)), self.decoded)
         d_hidden, d_decoders = _decoders_backward(d_z, self.hidden, self.decoders)

@@ -79,6 +79,7 @@ class Batch(NormHandler):
             spatial_ndim=_spatial(module),
             has_act=has_act(module),
             preserves=False,
+            fixed_statistics=_statistics(module, 1, self.eps_of(module)) is not None,
         )
 
     def affine(self, module: nn.Module, num_groups: int) -> tuple[Tensor | None, Tensor | None]:

@@ -74,7 +74,7 @@ class Refusal:
 Handler = TypeVar("Handler", bound=type[NormHandler])
 
 _TABLE: dict[str, Entry | Refusal] = {}
-_NEVER_NORMS = ("Weight", "Spectral")  # parametrizations of weights, not of activations
+_NEVER_NORMS = ("WeightNorm", "SpectralNorm")  # parametrizations of weights, not of activations
 
 
 def class_name(cls: type) -> str:
@@ -175,12 +175,16 @@ def _movable(module: nn.Module, handler: NormHandler) -> bool:
 
 
 def _suspect(module: nn.Module) -> Refusal | None:
-    """A class of unknown origin that calls itself a norm is reported, not passed over; not if it holds other layers."""
+    """A class of unknown origin that calls itself a norm is reported, not passed over.
+
+    What holds norms, or layers alone, is named after what it holds.
+    """
     name = type(module).__name__
-    looks = "norm" in name.lower() and not name.lstrip("_").startswith(_NEVER_NORMS)
-    if not looks or any(
-        find(m) or next(m.parameters(False), None) is not None for m in module.modules() if m is not module
-    ):
+    if "norm" not in name.lower() or name.lstrip("_").startswith(_NEVER_NORMS):
+        return None
+    inner = [m for m in module.modules() if m is not module]
+    holds_layers = any(next(m.parameters(False), None) is not None for m in inner)
+    if any(find(m) for m in inner) or (holds_layers and next(module.parameters(False), None) is None):
         return None
     return Refusal(
         "unknown-norm",

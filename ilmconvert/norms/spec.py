@@ -21,6 +21,7 @@ class NormSpec:
         spatial_ndim: spatial dimensions of the input the class takes, where the class fixes them.
         has_act: followed by dropout and activation inside the module (``drop`` and ``act``).
         preserves: the ILM layer can start with exactly the norm's output. False for batch statistics.
+        fixed_statistics: in evaluation it applies statistics of its own, from which a predictor can be set up.
     """
 
     shape: tuple[int, ...]
@@ -31,6 +32,7 @@ class NormSpec:
     spatial_ndim: int | None = None
     has_act: bool = False
     preserves: bool = True
+    fixed_statistics: bool = False
 
     @property
     def num_channels(self) -> int:

@@ -188,6 +188,42 @@ def test_unknown_norm_with_an_activation_is_reported() -> None:
     assert site.refusal.code == "unknown-norm"
 
 
+def test_everything_that_calls_itself_a_norm_is_reported() -> None:
+    class MyNormAct(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.act = nn.Parameter(torch.ones(8)), nn.PReLU()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.act(x / x.norm() * self.weight)
+
+    class WeightedRMSNorm(MyNormAct):
+        pass
+
+    class NormHead(nn.Sequential):  # holds layers
+        pass
+
+    model = nn.Sequential(MyNormAct(), WeightedRMSNorm(), NormHead(nn.Linear(8, 8)), nn.LayerNorm(8))
+    codes = {path: site.refusal.code if site.refusal else None for path, site in sites(model).items()}
+    assert codes == {"0": "unknown-norm", "1": "unknown-norm", "3": None}
+
+
+def test_norms_in_containers_of_containers_are_reported() -> None:
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self._private, self.deep = [nn.LayerNorm(8)], {"a": [nn.Sequential(nn.LayerNorm(8))]}
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.deep["a"][0](self._private[0](x))
+
+    found = sites(nn.Sequential(Holder()))
+    assert {path for path, s in found.items() if s.refusal.code == "unregistered"} == {
+        "0._private[0]",
+        "0.deep['a'][0].0",
+    }
+
+
 @pytest.mark.parametrize("compute", [prune.l1_unstructured, None])
 def test_computed_weights_are_refused(compute: object) -> None:
     norm = nn.BatchNorm1d(8)

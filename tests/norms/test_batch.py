@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import ilmconvert
 from ilmconvert.norms import build_ilm, find
 from ilmconvert.norms.build import Target
 from tests.helpers import relative
@@ -53,6 +54,16 @@ def test_predictor_undoes_the_instances_statistics(groups: int, blocks: int | No
     assert relative(norm(constant), layer(constant)) < 2e-3
     plain = build_ilm(norm, find(norm).handler, Target(groups, 1, 2))
     assert relative(norm(x), plain(x)) > 0.1
+
+
+def test_without_running_statistics_the_function_changes_and_that_is_said() -> None:
+    for norm, kept in ((nn.BatchNorm2d(8), True), (nn.BatchNorm2d(8, track_running_stats=False), False)):
+        report = ilmconvert.inspect(nn.Sequential(nn.Conv2d(3, 8, 3), norm), example_inputs=torch.randn(2, 3, 8, 8))
+        assert report.to_dict()["keeps_function"] is kept
+        assert bool(report.start) is kept
+        assert any("the model's function has changed" in w for w in report.warnings) is not kept
+        (decision,) = report.converted
+        assert decision.target.standardized_keys is kept
 
 
 def test_no_running_statistics_or_another_head_stay_silent() -> None:
