@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from ilmconvert.errors import UsageError
 
-__all__ = ["ImageBatches", "image_batches", "image_files", "read_image"]
+__all__ = ["UNREADABLE", "ImageBatches", "image_batches", "image_files", "read_image"]
 
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # PIL's, for damaged or huge files
 Transform = Callable[[Any], Tensor]
 
 
@@ -61,7 +63,7 @@ class ImageBatches:
             return None
         try:
             return self.transform(read_image(file))
-        except (OSError, ValueError, SyntaxError) as error:  # what PIL raises for damaged files
+        except UNREADABLE as error:
             self.broken[file] = " ".join(str(error).split())
             return None
 
@@ -149,9 +151,7 @@ def read_image(file: Path) -> Any:
     """A file as an RGB image of PIL.
 
     Raises:
-        OSError: unreadable, truncated, or no image.
+        OSError: unreadable, truncated, or no image; or another of ``UNREADABLE``.
     """
-    from PIL import Image
-
     with Image.open(file) as image:
         return image.convert("RGB")

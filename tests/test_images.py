@@ -55,6 +55,15 @@ def test_order_limit_split_and_share(folder: Path) -> None:
     assert one.shape == (1, 3, 64, 64)
 
 
+def test_a_huge_image_is_left_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    huge = folder / "huge.png"
+    Image.new("L", (400, 300)).save(huge)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50000)
+    batches = image_batches(folder, timm.create_model("test_resnet"))
+    assert sum(map(len, batches)) == 5
+    assert "(120000 pixels) exceeds limit of 100000 pixels" in batches.broken[huge]
+
+
 def test_nothing_but_broken_files_is_an_error(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_text("no image")

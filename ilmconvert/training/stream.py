@@ -21,12 +21,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ilmconvert.errors import UsageError
-from ilmconvert.images import read_image
+from ilmconvert.images import UNREADABLE, read_image
 from ilmconvert.training.options import RecoverOptions
 
 __all__ = ["Batch", "ImageFiles", "held_out_loader", "training_stream"]
-
-_UNREADABLE = (OSError, ValueError, SyntaxError)  # what PIL raises for damaged files
 
 
 @dataclass(frozen=True)
@@ -65,11 +63,12 @@ class _Draws(Dataset[Batch]):
         broken: dict[str, str] = {}
         with _seeded(seed):
             for shift in range(len(self.source)):
-                item, reason = _read(self.source, (index + shift) % len(self.source))
-                broken |= reason
+                item, unread = _read(self.source, (index + shift) % len(self.source))
+                broken |= unread
                 if item is not None:
                     return _batch(item, broken)
-        raise UsageError(f"expected readable images, but none of {len(self.source)} is; the first: {reason}")
+        first = next((f"; the first is {file!r}: {reason}" for file, reason in broken.items()), "")
+        raise UsageError(f"expected images that can be read, but none of {len(self.source)} can{first}")
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def _read(source: Any, index: int) -> tuple[Any, dict[str, str]]:
         return source[index], {}
     try:
         return source[index], {}
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         return None, {str(source.files[index]): " ".join(str(error).split())}
 
 
