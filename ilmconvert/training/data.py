@@ -46,9 +46,10 @@ def open_images(
     Args:
         images: a folder, an :class:`ImageBatches`, a map-style dataset of tensors ``(3, H, W)``, a tensor
             ``(N, 3, H, W)``, or an iterable of such batches, which is read into memory once. With labels: a folder with
-            a folder for each class, a dataset of pairs, or an iterable of pairs of batches.
+            a folder for each class, a dataset of pairs, or an iterable of pairs of batches. Only a folder is augmented;
+            an :class:`ImageBatches` is trained on with its own transform.
         model: its timm config gives size and normalization for files.
-        options: augmentation, the share held out, the seed.
+        options: size and augmentation for folders, the share held out, the seed.
         labels: whether class numbers are wanted.
         held_out: measure on these instead of a share of ``images``.
 
@@ -63,8 +64,9 @@ def open_images(
     files = _all_files(train, measured)
     classes = class_names(files) if labels and files else None
     digest = sha256("\n".join([*_names(train), "held out", *_names(measured)]).encode()).hexdigest()[:16]
-    parts = _augmented(train, model, options), measured
-    return ImageData(_dataset(parts[0], classes), _dataset(parts[1], classes), classes, digest)
+    if isinstance(images, (str, Path)) and options.augment:
+        train = _augmented(train, model, options)
+    return ImageData(_dataset(train, classes), _dataset(measured, classes), classes, digest)
 
 
 def _source(images: Images, model: nn.Module, options: RecoverOptions, labels: bool) -> ImageBatches | Dataset[Any]:
@@ -119,9 +121,7 @@ def _all_files(*parts: Any) -> list[Path]:
 
 
 def _augmented(train: Any, model: nn.Module, options: RecoverOptions) -> Any:
-    """The training images with timm's training transform, if they are files."""
-    if not isinstance(train, ImageBatches) or options.augment == 0:
-        return train
+    """The training images with timm's training transform."""
     from timm.data import create_transform, resolve_model_data_config
 
     config = resolve_model_data_config(model)

@@ -33,8 +33,8 @@ class RecoverOptions:
         label_smoothing: of the cross-entropy (with labels).
         freeze: True trains the ILM layers alone, the rest in evaluation mode; or patterns of parameters to leave.
         augment: strength of timm's random crop, flip and colour jitter, from 0 (the evaluation transform) to 1 (crops
-            from 8 % of the area, as in ImageNet training).
-        input_size: ``(3, H, W)`` instead of the model's own size, for images read from files.
+            from 8 % of the area, as in ImageNet training), for images given as a folder.
+        input_size: ``(3, H, W)`` instead of the model's own size, for images given as a folder.
         held_out: share of the images kept for measuring, at most :attr:`MOST_HELD_OUT` of them.
         evaluate_every: steps between measurements. None is a twentieth of the run, or 50 where only ``minutes`` limits
             it.

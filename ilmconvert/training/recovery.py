@@ -50,7 +50,7 @@ def recover(
         converted: the model to train; it is left as it is.
         images: a folder of images (any depth; broken ones are reported and skipped), an
             :class:`~ilmconvert.images.ImageBatches`, a map-style dataset, a tensor ``(N, 3, H, W)`` or an iterable of
-            such batches, which is read into memory once.
+            such batches, which is read into memory once. Only a folder is augmented.
         options: how to train, or its fields as keywords (``minutes=15``, ``lr=1e-4``, ...).
         labels: train on class numbers: a folder for each class, a dataset of pairs, or an iterable of pairs of batches.
         held_out_images: measure on these instead of a share of ``images``.

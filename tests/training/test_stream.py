@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +16,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ilmconvert.errors import UsageError
+from ilmconvert.images import image_batches, read_image
 from ilmconvert.training.data import open_images
 from ilmconvert.training.options import RecoverOptions
-from ilmconvert.training.stream import held_out_loader, training_stream
+from ilmconvert.training.stream import _Stream, held_out_loader, training_stream
 
 
 class Numbers(Dataset[Tensor]):
@@ -98,18 +101,44 @@ def test_strength_of_augmentation(folder: Path) -> None:
     assert a.shape == b.shape == (4, 3, 32, 32)
 
 
-def test_broken_files_are_told_and_replaced(folder: Path) -> None:
-    broken = folder / "2" / "broken.png"
+def test_batches_are_trained_on_with_their_own_transform(folder: Path) -> None:
+    model = timm.create_model("test_resnet")
+    sized = image_batches(folder, model, input_size=(3, 64, 64))
+    custom = replace(sized, transform=lambda image: torch.full((3, 8, 8), float(image.width)))
+    for given, shape in ((sized, (3, 64, 64)), (custom, (3, 8, 8))):
+        data = open_images(given, model, RecoverOptions(), labels=False)
+        for part in (data.train, data.held_out):
+            assert part[0].shape == shape
+            assert torch.equal(part[0], given.transform(read_image(part.files[0])))
+
+
+def test_broken_files_are_told_and_replaced(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken, huge = folder / "2" / "broken.png", folder / "2" / "huge.png"
+    Image.new("L", (200, 100)).save(huge)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)
     broken.write_bytes(b"nothing")
-    options = RecoverOptions(batch_size=5, held_out=0.01, input_size=(3, 32, 32))
+    options = RecoverOptions(batch_size=6, held_out=0.01, input_size=(3, 32, 32))
     data = open_images(folder, timm.create_model("test_resnet"), options, labels=False)
     told: dict[str, str] = {}
     for part in (training_stream(data.train, options, 0, 0, 1), iter(held_out_loader(data.held_out, options, 0, 1))):
         batch = next(part)
         told |= batch.broken
         assert batch.images is None or torch.isfinite(batch.images).all()
-    assert list(told) == [str(broken)]
+    assert told.keys() == {str(broken), str(huge)}
     assert "cannot identify" in told[str(broken)]
+    assert "exceeds limit of 10000 pixels" in told[str(huge)]
+
+
+def test_the_first_of_nothing_but_broken_files_is_told(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.png").write_bytes(b"nothing")
+    options = RecoverOptions(batch_size=1)
+    data = open_images(tmp_path, timm.create_model("test_resnet"), options, labels=False)
+    index, _ = next(iter(_Stream(len(data.train), 1, options.seed, 0, 0, 1)))[0]
+    first = str(data.train.files[index])
+    message = f"none of 2 can; the first is {first!r}: cannot identify image file {first!r}"
+    with pytest.raises(UsageError, match=f"^expected images that can be read, but {re.escape(message)}$"):
+        next(training_stream(data.train, options, 0, 0, 1))
 
 
 def test_images_beside_the_classes_are_refused(folder: Path) -> None:
