@@ -34,7 +34,7 @@ def parameter_groups(
     ========  =======================================================================  ==================  ============
     ``meta``  of ILM layers: encoder, decoders and gains                               lr * meta_lr_scale  0
     ``norm``  scale and shift of every norm, converted or not; all biases, and what    lr                  0
-              the model's ``no_weight_decay()`` names
+              ``no_weight_decay()`` of the model, or of a module in it, names
     ``rest``  everything else                                                          lr                  weight_decay
     ========  =======================================================================  ==================  ============
 
@@ -42,7 +42,7 @@ def parameter_groups(
     nothing. Empty groups are left out; the model is not changed.
 
     Args:
-        model: any model, converted or not, wrapped (DDP, FSDP) or not.
+        model: any model, converted or not, wrapped (DDP, FSDP, ``torch.compile``) or not.
         lr: learning rate.
         weight_decay: of the group ``rest``.
         meta_lr_scale: learning rate of the meta parameters, relative to ``lr``. A predictor serves all channels of its
@@ -93,14 +93,20 @@ def _kinds(model: nn.Module) -> dict[nn.Parameter, Kind]:
         if isinstance(module, ILMNorm) or find(module) is not None:
             for parameter in module.parameters(recurse=False):
                 kinds.setdefault(parameter, "norm")
-    undecayed = getattr(model, "no_weight_decay", None)  # timm's models name their embeddings so
-    listed = undecayed() if callable(undecayed) else ()
+    undecayed = {parameter for module in model.modules() for parameter in _undecayed(module)}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name.rpartition(".")[2].endswith("bias") or name in listed:
+        if name.rpartition(".")[2].endswith("bias") or parameter in undecayed:
             kinds.setdefault(parameter, "norm")
     for parameter in model.parameters():
         kinds.setdefault(parameter, "rest")
     return kinds
+
+
+def _undecayed(module: nn.Module) -> list[nn.Parameter]:
+    """What the module's ``no_weight_decay()`` names: timm's models name their embeddings so."""
+    wanted = getattr(module, "no_weight_decay", None)
+    names = wanted() if callable(wanted) else ()
+    return [p for name, p in module.named_parameters(remove_duplicate=False) if name in names] if names else []
 
 
 def _own(layer: ILMNorm) -> Iterator[tuple[str, nn.Parameter]]:

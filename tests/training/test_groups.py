@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import pytest
 import timm
 import torch
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import ilmconvert
 from ilmconvert.errors import UsageError
@@ -54,6 +58,35 @@ def test_what_the_model_wants_undecayed_is() -> None:
     groups = names(ilmconvert.parameter_groups(timm.create_model("test_vit"), lr=0.1))
     assert {"pos_embed", "cls_token"} <= groups["norm"]
     assert "meta" not in groups
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A process group of this process."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "ddp": nn.parallel.DistributedDataParallel,
+    "compile": torch.compile,
+    "compiled ddp": lambda model: torch.compile(nn.parallel.DistributedDataParallel(model)),
+    "fsdp": lambda model: fully_shard(model, mesh=init_device_mesh("cpu", (1,))),
+    "own": nn.Sequential,
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.usefixtures("alone")
+def test_wrapped_models_have_the_groups_of_the_model(wrapper: str) -> None:
+    model = ilmconvert.convert(timm.create_model("test_vit")).model
+    wanted = names(ilmconvert.parameter_groups(model, lr=0.1))
+    wrapped = WRAPPERS[wrapper](model)
+    groups = ilmconvert.parameter_groups(wrapped, lr=0.1)
+    plain = {parameter: name for name, parameter in model.named_parameters()}
+    assert {group["name"]: {plain[p] for p in group["params"]} for group in groups} == wanted
+    assert {"pos_embed", "cls_token"} <= wanted["norm"]
 
 
 def test_tied_parameters_are_in_one_group() -> None:
