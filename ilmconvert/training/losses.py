@@ -7,6 +7,7 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
+from ilmconvert.errors import UsageError
 from ilmconvert.metrics import kl_divergence
 from ilmconvert.nn import ILMNorm
 
@@ -35,12 +36,20 @@ class FeatureMatching:
     Args:
         original: has the replaced norms, at the paths of the ILM layers.
         converted: the model that is trained.
+
+    Raises:
+        UsageError: no ILM layer is at the path of a norm.
     """
 
     def __init__(self, original: nn.Module, converted: nn.Module) -> None:
         norms = dict(original.named_modules(remove_duplicate=False))
         layers = {name: m for name, m in converted.named_modules() if isinstance(m, ILMNorm)}
         self._pairs = [(norms[name], layer) for name, layer in layers.items() if name in norms]
+        if not self._pairs:
+            raise UsageError(
+                "expected ILM layers at the paths of the original's norms, to compare their outputs, found none among "
+                f"{len(layers)} (a norm called as a function has no path); use features=0"
+            )
         self._targets: list[list[Tensor]] = [[] for _ in self._pairs]
         self._outputs: list[list[Tensor]] = [[] for _ in self._pairs]
         self._handles: list[torch.utils.hooks.RemovableHandle] = []

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -174,6 +175,17 @@ def test_features_are_compared_at_the_replaced_norms(teacher: nn.Module, student
     wanted = [((t - s) ** 2).mean() / t.var() for t, s in (seen[:2], seen[2:])]
     assert got == pytest.approx(float(sum(wanted) / 2))
     assert not any(m._forward_hooks for m in (*teacher, *student))
+
+
+def test_features_need_a_norm_with_a_path() -> None:
+    class Functional(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.group_norm(super().forward(x), 2).mean((2, 3))
+
+    model = Functional(nn.Conv2d(3, 8, 3))
+    converted = ilmconvert.convert(model, example_inputs=images(2)).model
+    with pytest.raises(UsageError, match=r"found none among 1 .*; use features=0$"):
+        ilmconvert.recover(model, converted, images(8), steps=1, features=0.1)
 
 
 def test_records_hold_every_measurement(teacher: nn.Module, student: nn.Module) -> None:
