@@ -64,9 +64,9 @@ def calibrate_conversion(
     from ilmconvert.images import image_batches
     from ilmconvert.processes import from_all, process_group
 
-    total = limit if held_out_images else round(limit / (1 - held_out))
+    further = 0 if held_out_images else max(round(limit * held_out / (1 - held_out)), 1)
     size = {"batch_size": batch_size, "input_size": input_size}
-    batches = image_batches(images, original, limit=total, seed=seed, **size)  # type: ignore[arg-type]
+    batches = image_batches(images, original, limit=limit + further, seed=seed, **size)  # type: ignore[arg-type]
     if held_out_images:
         unseen = image_batches(held_out_images, original, seed=seed, **size)  # type: ignore[arg-type]
     else:
