@@ -65,6 +65,8 @@ class Samples:
             target: what it should give out for that.
         """
         how, shape = layer.standardization, layer.normalized_shape
+        if x.ndim == how.unbatched_ndim:
+            x, target = x.unsqueeze(0), target.unsqueeze(0)
         x, target = (v.to(torch.promote_types(v.dtype, torch.float32)) for v in (x, target))
         flat, t = canonical(x, how.layout, shape), canonical(target, how.layout, shape)
         z = canonical(standardize(x, shape, layer.num_groups, how), how.layout, shape)

@@ -172,6 +172,21 @@ def test_the_fit_is_least_squares() -> None:
     assert fit.explained_after == pytest.approx(1 - (residual / spread).item(), abs=1e-9)
 
 
+def test_inputs_without_a_batch_dimension_are_fitted_as_batches_of_one() -> None:
+    class Pooled(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).relu().mean((-2, -1)).reshape(-1, 8)
+
+    x = images()
+    original = Pooled(nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(8, affine=True, track_running_stats=True, momentum=0.5))
+    original.train()(x)
+    converted = ilmconvert.convert(original.eval()).model
+    one, many = (ilmconvert.calibrate(original, converted, batches) for batches in (x.unbind(), [x]))
+    assert one.report.images == many.report.images == 48
+    for name, value in many.model[1].state_dict().items():
+        assert torch.allclose(one.model[1].state_dict()[name], value, rtol=1e-4, atol=1e-5), name
+
+
 def test_one_clear_error() -> None:
     x = images()
     original = trained(network(2), x)
