@@ -218,7 +218,8 @@ class GraphDiff:
             block: path of the module to draw; None draws the whole graph.
 
         Raises:
-            UsageError: there is no such block, or graphviz is not installed.
+            UsageError: there is no such block.
+            IlmconvertError: graphviz is not installed: its Python package, or its program ``dot``.
         """
         from ilmconvert.comparison.render.image import image
 
