@@ -177,14 +177,13 @@ def _movable(module: nn.Module, handler: NormHandler) -> bool:
 def _suspect(module: nn.Module) -> Refusal | None:
     """A class of unknown origin that calls itself a norm is reported, not passed over.
 
-    What holds norms, or layers alone, is named after what it holds.
+    What holds norms or layers with matrices of weights is no norm itself, only named after one.
     """
     name = type(module).__name__
     if "norm" not in name.lower() or name.lstrip("_").startswith(_NEVER_NORMS):
         return None
     inner = [m for m in module.modules() if m is not module]
-    holds_layers = any(next(m.parameters(False), None) is not None for m in inner)
-    if any(find(m) for m in inner) or (holds_layers and next(module.parameters(False), None) is None):
+    if any(find(m) or any(p.ndim > 1 for p in m.parameters(False)) for m in inner):
         return None
     return Refusal(
         "unknown-norm",

@@ -200,10 +200,12 @@ def test_everything_that_calls_itself_a_norm_is_reported() -> None:
     class WeightedRMSNorm(MyNormAct):
         pass
 
-    class NormHead(nn.Sequential):  # holds layers
-        pass
+    class NormFreeBlock(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Linear(8, 8))
+            self.gain = nn.Parameter(torch.ones(8))
 
-    model = nn.Sequential(MyNormAct(), WeightedRMSNorm(), NormHead(nn.Linear(8, 8)), nn.LayerNorm(8))
+    model = nn.Sequential(MyNormAct(), WeightedRMSNorm(), NormFreeBlock(), nn.LayerNorm(8))
     codes = {path: site.refusal.code if site.refusal else None for path, site in sites(model).items()}
     assert codes == {"0": "unknown-norm", "1": "unknown-norm", "3": None}
 
