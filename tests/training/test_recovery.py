@@ -143,10 +143,10 @@ def test_half_precision_models_train_in_float32_and_come_back_in_half(teacher: n
 def test_a_time_limit_is_kept(teacher: nn.Module, student: nn.Module) -> None:
     told = []
     recovery = ilmconvert.recover(
-        teacher, student, images(40), minutes=1.5 / 60, batch_size=8, progress=lambda *a: told.append(a)
+        teacher, student, images(40), minutes=3 / 60, batch_size=8, progress=lambda *a: told.append(a)
     )
-    assert recovery.report.evaluations[-1].seconds < 5
-    assert recovery.report.evaluations[-1].step > 3
+    assert recovery.report.evaluations[-1].seconds < 10
+    assert recovery.report.evaluations[-1].step > 1
     assert recovery.report.evaluations[-1].lr < 2e-4 / 10  # the schedule has come down
     assert told[-1][0] == "recovering (seconds)"
 
