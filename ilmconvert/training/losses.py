@@ -28,7 +28,9 @@ def distillation(original: Tensor, converted: Tensor, temperature: float = 1.0) 
 
 
 class FeatureMatching:
-    """How far the outputs of the ILM layers are from those of the norms that they replaced.
+    """How far the outputs of the ILM layers are from those of the norm modules that they replaced.
+
+    Layers in place of function calls have no module to be compared with, and are left out.
 
     The mean over sites of ``mean((t - s)^2) / var(t)``, the share of the original's variance that is not explained. Use
     as a context: inside, both models are listened to.

@@ -29,7 +29,7 @@ class RecoverOptions:
         warmup: share of the run in which the learning rate rises; then it falls to zero along a cosine.
         clip: largest gradient norm; 0 for no clipping.
         temperature: divides the logits before they are compared (distillation).
-        features: weight of the difference between the outputs of the ILM layers and those of the norms they replaced.
+        features: weight of the difference between the outputs of the ILM layers and of the modules they replaced.
         label_smoothing: of the cross-entropy (with labels).
         freeze: True trains the ILM layers alone, the rest in evaluation mode; or patterns of parameters to leave.
         augment: strength of timm's random crop, flip and colour jitter, from 0 (the evaluation transform) to 1 (crops
