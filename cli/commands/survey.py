@@ -66,12 +66,14 @@ def survey(
     if a model did not pass.
     """
     from ilmconvert_cli.render.survey import print_survey, survey_bar
+    from ilmconvert_cli.writing import check_file, write_file
 
     from ilmconvert.errors import UsageError
-    from ilmconvert.survey import SurveyOptions, check_page, run_survey, write_page
+    from ilmconvert.survey import SurveyOptions, coverage_page, is_page, run_survey
 
+    replace = markdown is not None and (force or is_page(markdown))
     if markdown is not None:
-        check_page(markdown, force=force)  # before any work is done
+        check_file(markdown, force=replace)  # before any work is done
     if resume and output is None:
         raise UsageError("expected --output FILE to resume from")
     wanted = SurveyOptions(
@@ -84,7 +86,7 @@ def survey(
         file = output or Path(folder) / "survey.jsonl"
         log = run_survey(wanted, file, resume=resume, force=force, progress=bar.progress, on_record=bar.tell)
     if markdown is not None:
-        write_page(log, markdown, force=force)
+        write_file(markdown, coverage_page(log), force=replace)
     if as_json:
         for record in log.records:
             click.echo(json.dumps(record.to_dict()))

@@ -7,16 +7,6 @@ file of JSON Lines (:mod:`ilmconvert.survey.records`) and become a table (:mod:`
 
 from ilmconvert.survey.records import Log, Record, Session, read_log
 from ilmconvert.survey.run import SurveyOptions, run_survey
-from ilmconvert.survey.table import check_page, coverage_page, write_page
+from ilmconvert.survey.table import coverage_page, is_page
 
-__all__ = [
-    "Log",
-    "Record",
-    "Session",
-    "SurveyOptions",
-    "check_page",
-    "coverage_page",
-    "read_log",
-    "run_survey",
-    "write_page",
-]
+__all__ = ["Log", "Record", "Session", "SurveyOptions", "coverage_page", "is_page", "read_log", "run_survey"]
