@@ -1,0 +1,96 @@
+"""Verifying: what it sees of a conversion, and what it does not let pass."""
+
+from __future__ import annotations
+
+import copy
+
+import timm
+import torch
+from torch import nn
+
+import ilmconvert
+from ilmconvert.verification import relative_difference
+from tests.helpers import randomize_norms, same_state
+from tests.models import Bypass, small_cnn
+
+IMAGE = torch.randn(2, 3, 16, 16)
+
+
+def test_sees_an_exact_conversion() -> None:
+    model = randomize_norms(timm.create_model("test_vit"))
+    result = ilmconvert.verify(model, ilmconvert.convert(model).model)
+    assert result.passed
+    assert result.relative_difference < 1e-5
+    assert all(c.passed is not False for c in result.checks)
+
+
+def test_tells_what_changed_with_batch_norm() -> None:
+    model = timm.create_model("test_resnet")
+    result = ilmconvert.verify(model, ilmconvert.convert(model).model)
+    assert result.passed
+    assert {c.name: c.passed for c in result.checks}["outputs"] is None
+    assert 1e-6 < result.relative_difference < 1e-3
+    plain = ilmconvert.verify(model, ilmconvert.convert(model, gains=False).model)
+    assert plain.relative_difference > 1e-2
+
+
+def checks(model: nn.Module, converted: nn.Module, inputs: object) -> dict:
+    return {c.name: c for c in ilmconvert.verify(model, converted, inputs).checks}
+
+
+def test_detects_a_bypassed_layer() -> None:
+    model = Bypass()
+    found = checks(model, ilmconvert.convert(model).model, torch.randn(2, 16))
+    assert found["layers run"].passed is False
+    assert "bypassed: norm" in found["layers run"].detail
+
+
+def test_detects_damage() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 4))
+    x = torch.randn(3, 8)
+
+    def damaged(damage: object) -> nn.Module:
+        converted = ilmconvert.convert(model).model
+        damage(converted)
+        return converted
+
+    assert checks(model, damaged(lambda m: nn.init.ones_(m[1].bias)), x)["outputs"].passed is False
+    assert (
+        checks(model, damaged(lambda m: nn.init.constant_(m[1].bias, float("nan"))), x)["training, as given"].passed
+        is False
+    )
+    assert checks(model, damaged(lambda m: m[1].eval()), x)["training flags"].passed is False
+    assert checks(model, damaged(lambda m: m.append(nn.Linear(4, 2))), x)["output shapes"].passed is False
+
+
+def test_leaves_both_models_alone() -> None:
+    model = small_cnn().train()
+    converted = ilmconvert.convert(model).model
+    states = [copy.deepcopy(m) for m in (model, converted)]
+    ilmconvert.verify(model, converted, IMAGE)
+    assert same_state(states[0], model)
+    assert same_state(states[1], converted)
+    assert all(m.training for m in (*model.modules(), *converted.modules()))
+    assert all(p.grad is None for p in converted.parameters())
+
+
+def test_compares_something() -> None:
+    class Wrapped(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> object:
+            return type("Result", (), {"value": super().forward(x)})()
+
+    found = checks(Wrapped(nn.LayerNorm(4)), Wrapped(nn.LayerNorm(4)), torch.randn(2, 4))
+    assert found["output shapes"].passed is False
+
+
+def test_takes_equal_infinities_as_equal() -> None:
+    class Masked(nn.Sequential):
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).masked_fill(mask, -torch.inf)
+
+    model = Masked(nn.LayerNorm(4))
+    inputs = (torch.randn(2, 4), torch.tensor([True, False, False, True]))
+    found = checks(model, ilmconvert.convert(model, example_inputs=inputs).model, inputs)
+    assert found["outputs"].passed
+    assert relative_difference([torch.ones(1)], []) == float("inf")
+    assert relative_difference([torch.tensor([torch.nan, 1.0])], [torch.tensor([1.0, torch.nan])]) == float("inf")
