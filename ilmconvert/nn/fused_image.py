@@ -127,7 +127,7 @@ class _Image(torch.autograd.Function):
         config, few = ctx.config, ctx.few
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return differentiable(config, inputs, grad)
-        x, weight, bias, *meta, scale_gain, shift_gain, _, key_scale = inputs
+        x, weight, bias, encoder, _, _, scale_gain, shift_gain, _, key_scale = inputs
         mean, rstd, scale, key_mean, spread, *rest = kept
         predicted = Branches(*rest)
         groups, how = config.num_groups, config.how
@@ -145,16 +145,14 @@ class _Image(torch.autograd.Function):
         d_weight, d_scale_gain, d_scale = _own_gradients(products, weight, scale_gain, for_scale, of_scale=True)
         d_bias, d_shift_gain, d_shift = _own_gradients(sums, bias, shift_gain, for_shift, of_scale=False)
         keys, size = config.num_key_groups, x[0].numel()
-        d_features, *d_meta = predicted.backward(d_scale, d_shift, meta[0], keys / size)
+        d_features, *d_meta = predicted.backward(d_scale, d_shift, encoder, keys / size)
         parameters = d_weight, d_bias, *d_meta, d_scale_gain, d_shift_gain, None, None
         if not ctx.needs_input_grad[0]:
             return None, *parameters, None
         if key_scale is not None:
             d_features = d_features / key_scale.unsqueeze(1)
         slope, offset = d_features.unbind()
-        slope = (
-            slope + slope if key_scale is None else slope / spread
-        )  # of the variance: half of the deviation's over it
+        slope = slope + slope if key_scale is None else slope / spread  # d sqrt(var + eps) = d var / (2 spread)
         if how.unbiased:
             slope = slope * _bessel(x, keys)
         offset = torch.addcmul(offset, slope, key_mean, value=-1)

@@ -54,12 +54,12 @@ class _Token(torch.autograd.Function):
         inputs, (mu, rstd, slope, *kept) = split_saved(ctx.saved_tensors)
         if torch.is_grad_enabled():
             return differentiable(ctx.config, inputs, grad)
-        x, weight, bias, *meta = inputs[:6]
+        x, weight, bias, encoder = inputs[:4]
         keys, (channels,) = Branches(*kept), ctx.config.shape
         tokens, rows = x.view(-1, channels), x.view(-1, channels // ctx.config.num_key_groups)
         g = grad.contiguous().view_as(tokens)
         d_scale, d_shift = _key_sums(g, tokens, mu, rstd / 2, ctx.config.num_key_groups)
-        d_features, *d_meta = keys.backward(d_scale, d_shift, meta[0], 1 / rows.shape[1])
+        d_features, *d_meta = keys.backward(d_scale, d_shift, encoder, 1 / rows.shape[1])
         a, b = d_features.unbind()
         wanted = [True, weight is not None, bias is not None]
         d_x, d_weight, d_bias = torch.ops.aten.native_layer_norm_backward(
@@ -109,14 +109,14 @@ class _Arithmetic(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         inputs, (mu, rstd, *kept) = split_saved(ctx.saved_tensors)
-        x, weight, bias, *meta = inputs[:6]
+        x, weight, bias, encoder = inputs[:4]
         keys, config = Branches(*kept), ctx.config
         rows = x.view(-1, config.num_key_groups, config.shape[0] // config.num_key_groups)
         g, tokens = grad.reshape(rows.shape), x.view(len(rows), -1) - mu
         flat = grad.reshape(tokens.shape)
         d_shift = g.sum(2)
         d_scale = ((g * rows).sum(2) - mu * d_shift) * rstd  # not of the centered input: then both sums are one loop
-        d_features, *d_meta = keys.backward(d_scale / 2, d_shift, meta[0], 1 / rows.shape[2])
+        d_features, *d_meta = keys.backward(d_scale / 2, d_shift, encoder, 1 / rows.shape[2])
         a = d_features[0] * 2
         b = torch.addcmul(d_features[1], a, keys.features[1], value=-1)
         half, weighted = keys.decoded[0] / 2, flat if weight is None else flat * weight
