@@ -48,12 +48,18 @@ class Branches(NamedTuple):
             encoder: the encoder.
             share: a factor that the caller would apply; here a matrix product takes it along.
         """
-        d_z = torch.ops.aten.tanh_backward(torch.stack((d_scale, d_shift)), self.decoded)
+        d_z = _tanh_backward(d_scale, d_shift, self.decoded)
         d_hidden, d_decoders = _decoders_backward(d_z, self.hidden, self.decoders)
         d_hidden = torch.ops.aten.threshold_backward(d_hidden, self.hidden, 0)
         d_features, d_encoder = _encoder_backward(d_hidden, self.features, encoder, share)
         d_scale_decoder, d_shift_decoder = d_decoders.unbind()
         return d_features, d_encoder, halved(d_scale_decoder), d_shift_decoder
+
+
+def _tanh_backward(d_scale: Tensor, d_shift: Tensor, decoded: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():  # a stack of what the caller summed would be a pass of its own
+        return torch.stack([d * (1 - value * value) for d, value in zip((d_scale, d_shift), decoded, strict=True)])
+    return torch.ops.aten.tanh_backward(torch.stack((d_scale, d_shift)), decoded)  # type: ignore[no-any-return]
 
 
 def _decoders_backward(d: Tensor, hidden: Tensor, decoders: Tensor) -> tuple[Tensor, Tensor]:

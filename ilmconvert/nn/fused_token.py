@@ -7,7 +7,9 @@ gradient. With the group's sums ``P = sum(g x^)`` and ``S = sum(g)`` of a token,
 
     dx += p g + (a - r sum(p P) / C) x + (b - sum(p S) / C + r mean sum(p P) / C)         r = 1 / sqrt(var + eps)
 
-Under torch.compile the same is written as plain arithmetic, which inductor fuses with what surrounds it.
+Under torch.compile the same is written as plain arithmetic, which inductor fuses with what surrounds it. It makes one
+loop over the memory of two that follow each other, if nothing smaller has to be made in between: so there the predictor
+is shown sums, which are ``C / K`` times the moments, and it is the encoder that is divided.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from torch import Tensor
 from ilmconvert.nn.branches import Branches
 from ilmconvert.nn.functional import Config, Parameters, key_features
 from ilmconvert.nn.gradients import differentiable, split_saved
-from ilmconvert.nn.kernels import coarser, moments
+from ilmconvert.nn.kernels import moments
 
 __all__ = ["token_ilm_norm"]
 
@@ -93,12 +95,16 @@ class _Arithmetic(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, *parameters: Any) -> Tensor:
         *tensors, config = parameters
         weight, bias, *meta = tensors[:5]
-        rows = x.view(-1, config.num_key_groups, config.shape[0] // config.num_key_groups)
-        mean = rows.mean(2)
-        var = (rows - mean.unsqueeze(2)).square().mean(2)  # over few values, twice is faster than once with a pivot
-        keys = Branches.of(key_features(var, mean, None, None), meta, _tanh)
-        mu, total = coarser(mean, var, 1)
-        rstd = torch.rsqrt(total + config.how.eps)
+        (channels,), width = config.shape, config.shape[0] // config.num_key_groups
+        rows = x.view(-1, config.num_key_groups, width)
+        sums = rows.sum(2)
+        mean = sums / width
+        power = (rows - mean.unsqueeze(2)).square().sum(2)
+        encoder, *decoders = meta
+        keys = Branches.of(key_features(power, sums, None, None), (encoder / width, *decoders), _tanh)
+        mu = sums.sum(1, keepdim=True) / channels
+        between = (mean - mu).square().sum(1, keepdim=True) * width
+        rstd = torch.rsqrt((power.sum(1, keepdim=True) + between) / channels + config.how.eps)
         standardized = (rows - mu.unsqueeze(2)) * rstd.unsqueeze(2)
         y = _own(weight, rows, 1.0) * standardized + _own(bias, rows, 0.0)
         y = y + (keys.decoded[0] / 2).unsqueeze(2) * standardized + keys.decoded[1].unsqueeze(2)
@@ -111,14 +117,15 @@ class _Arithmetic(torch.autograd.Function):
         inputs, (mu, rstd, *kept) = split_saved(ctx.saved_tensors)
         x, weight, bias, encoder = inputs[:4]
         keys, config = Branches(*kept), ctx.config
-        rows = x.view(-1, config.num_key_groups, config.shape[0] // config.num_key_groups)
+        width = config.shape[0] // config.num_key_groups
+        rows = x.view(-1, config.num_key_groups, width)
         g, tokens = grad.reshape(rows.shape), x.view(len(rows), -1) - mu
         flat = grad.reshape(tokens.shape)
         d_shift = g.sum(2)
         d_scale = ((g * rows).sum(2) - mu * d_shift) * rstd  # not of the centered input: then both sums are one loop
-        d_features, *d_meta = keys.backward(d_scale / 2, d_shift, encoder, 1 / rows.shape[2])
+        d_features, d_encoder, *d_decoders = keys.backward(d_scale / 2, d_shift, encoder / width, 1.0)
         a = d_features[0] * 2
-        b = torch.addcmul(d_features[1], a, keys.features[1], value=-1)
+        b = torch.addcmul(d_features[1], a, keys.features[1] / width, value=-1)
         half, weighted = keys.decoded[0] / 2, flat if weight is None else flat * weight
         first = (weighted.sum(1, keepdim=True) + (half * d_shift).sum(1, keepdim=True)) / tokens.shape[1]
         second = (weighted * tokens).sum(1, keepdim=True) * rstd + (half * d_scale).sum(1, keepdim=True)
@@ -128,7 +135,7 @@ class _Arithmetic(torch.autograd.Function):
         d_x = g * (rstd.unsqueeze(2) * own) + rows * slope.unsqueeze(2) + offset.unsqueeze(2)
         d_weight = None if weight is None else _column_sum((flat * tokens * rstd).view(x.shape))
         d_bias = None if bias is None else _column_sum(flat.view(x.shape))
-        return d_x.view(x.shape), d_weight, d_bias, *d_meta, None, None, None, None, None
+        return d_x.view(x.shape), d_weight, d_bias, d_encoder / width, *d_decoders, None, None, None, None, None
 
 
 def _tanh(z: Tensor) -> Tensor:
@@ -143,9 +150,7 @@ def _column_sum(x: Tensor) -> Tensor:
     """
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # brings sympy, a third of a second
 
-    size = math.prod(x.shape[-2:-1])
-    if statically_known_true(size % 16 == 0):
-        size = 16
+    size = 16 if statically_known_true(math.prod(x.shape[:-1]) % 16 == 0) else math.prod(x.shape[-2:-1])
     return x.view(-1, size, x.shape[-1]).sum(1).sum(0)
 
 
