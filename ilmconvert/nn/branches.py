@@ -80,4 +80,4 @@ def _encoder_backward(d: Tensor, features: Tensor, encoder: Tensor, share: float
         return d_features, torch.bmm(d.mT, features).sum(0)
     d, features = (t.unflatten(2, (blocks, -1)) for t in (d, features))
     d_features = torch.einsum("nmbo,boi->nmbi", d, (encoder * share).unflatten(0, (blocks, -1)))
-    return d_features.flatten(2), torch.einsum("nmbo,nmbi->boi", d, features).flatten(0, 1)
+    return d_features.flatten(2).contiguous(), torch.einsum("nmbo,nmbi->boi", d, features).flatten(0, 1)

@@ -210,7 +210,7 @@ def decode(
     cut = encoder.unflatten(0, (blocks, -1))
     hidden = torch.relu(torch.einsum("nmbi,boi->nmbo", features.unflatten(2, (blocks, -1)), cut))
     z = torch.einsum("nmbi,nboi->nmbo", hidden, decoders.unflatten(1, (blocks, -1)))
-    return hidden.flatten(2), tanh(z.flatten(2))
+    return hidden.flatten(2), tanh(z.flatten(2).contiguous())
 
 
 def predict(features: Tensor, meta: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -38,11 +38,8 @@ def fused_ilm_norm(x: Tensor, parameters: Parameters, config: Config) -> Tensor 
 
 def transformed(x: Tensor) -> bool:
     """Whether something looks at the operations: an exporter, a tracer, functorch, forward mode, fake tensors."""
+    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+        return True
     if torch.compiler.is_compiling():
         return not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting()
-    return (
-        torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        or type(x) not in (Tensor, torch.nn.Parameter)
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-    )
+    return torch.jit.is_tracing() or type(x) not in (Tensor, torch.nn.Parameter)  # type: ignore[attr-defined, no-untyped-call]

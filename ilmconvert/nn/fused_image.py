@@ -147,7 +147,7 @@ class _Image(torch.autograd.Function):
         keys, size = config.num_key_groups, x[0].numel()
         d_features, *d_meta = predicted.backward(d_scale, d_shift, encoder, keys / size)
         parameters = d_weight, d_bias, *d_meta, d_scale_gain, d_shift_gain, None, None
-        if not ctx.needs_input_grad[0]:
+        if not ctx.needs_input_grad[0] and not torch.compiler.is_compiling():  # a compiler may know it too early
             return None, *parameters, None
         if key_scale is not None:
             d_features = d_features / key_scale.unsqueeze(1)

@@ -148,6 +148,21 @@ class ILMNorm(nn.Module):
         return self.normalized_shape[0]
 
     @property
+    def num_features(self) -> int:
+        """``C``, by the name that Batch and Instance Norm have for it."""
+        return self.num_channels
+
+    @property
+    def affine(self) -> bool:
+        """Whether there is a scale, by the name that Batch, Group and Instance Norm have for it."""
+        return self.weight is not None
+
+    @property
+    def elementwise_affine(self) -> bool:
+        """Whether there is a scale, by the name that Layer and RMS Norm have for it."""
+        return self.weight is not None
+
+    @property
     def eps(self) -> float | None:
         """Added to the variance (see :class:`Standardization`)."""
         return self.standardization.eps
@@ -251,8 +266,8 @@ def ilm_norm(x: Tensor, parameters: Parameters, config: Config) -> Tensor:
     check_shape(x, how.layout, config.shape)
     autocast = autocast_enabled(x)
     dtype = how.output_dtype(x, parameters.weight) if autocast or how.output == "promoted" else x.dtype
-    if x.numel() == 0:  # no instance, no statistics
-        return x.to(dtype, copy=True)
+    if x.numel() == 0:  # no instance, no statistics; but the parameters get gradients of zeros
+        return (x + sum(p.sum() for p in parameters if p is not None)).to(dtype)
     if x.dtype not in (torch.float32, torch.float64):
         x = x.to(torch.float32)
     parameters = parameters.to(x.dtype)

@@ -63,7 +63,9 @@ def small(x: Tensor) -> bool:
 
 def _far(mean: Tensor, rstd: Tensor) -> bool:
     ratio = mean * rstd
-    return (ratio * ratio).sum().item() > _FAR
+    return (
+        not (ratio * ratio).sum().item() <= _FAR
+    )  # nor with a NaN among them, which the other instances must not feel
 
 
 def group_norm(
@@ -119,7 +121,7 @@ def moments(x: Tensor, dim: int, groups: int) -> Moments:
     count = x.numel() // (n * groups)
     var, mean = (total.mul_(1 / count) for total in _group_sums(x, dim, groups))
     var.addcmul_(mean, mean, value=-1)
-    far = torch.addcmul(var, mean, mean, value=-1 / _OFFSET).amin().item() < 0
+    far = not torch.addcmul(var, mean, mean, value=-1 / _OFFSET).amin().item() >= 0  # or a NaN
     if far:
         _recount_(x, dim, mean, var)
     return Moments(mean, var, far)
@@ -165,11 +167,14 @@ def _recount_(x: Tensor, dim: int, mean: Tensor, var: Tensor) -> None:
 
 
 def _pivoted(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each channel from one pass over the deviations from its first value.
+    """Mean and variance of each channel from one pass over the deviations from one of its values.
 
-    Without a pivot, the difference of squares would lose digits where the mean is large against the deviation.
+    Without a pivot, the difference of squares would lose digits where the mean is large against the deviation. With an
+    outlier for a pivot too: so it is the middle one of three, and none from a border, which may be masked or padded.
     """
-    pivot = x.narrow(dim, 0, 1)
+    size = x.shape[dim]
+    first, second, third = (x.narrow(dim, size * quarter // 4, 1) for quarter in (1, 2, 3))
+    pivot = torch.maximum(torch.minimum(first, second), torch.minimum(torch.maximum(first, second), third))
     deviation = x - pivot
     mean, power = deviation.mean(dim), deviation.square().mean(dim)
     return mean + pivot.squeeze(dim), (power - mean.square()).clamp_min(0)

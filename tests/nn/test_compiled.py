@@ -100,3 +100,43 @@ def test_converted_models_compile_to_one_graph(name: str, options: dict[str, int
     """In double precision: a random network with gains multiplies the rounding of single precision a thousandfold."""
     model = speaking(ilmconvert.convert(timm.create_model(name, num_classes=5, **options)).model).eval().double()
     compiled_once(model, [torch.randn(n, 3, size, size, dtype=torch.float64) for n in (2, 3)])
+
+
+def test_gradients_flow_to_what_was_written_through_a_view() -> None:
+    torch.manual_seed(0)
+    conv, norm, x = nn.Conv2d(3, 32, 3), speaking(ILMNorm(32, 8)), torch.randn(2, 3, 8, 7)
+
+    def step(x: Tensor) -> Tensor:
+        y = conv(x)
+        padded = y.new_zeros(2, 32, 8, 8)
+        padded[:, :, :6, :5].copy_(y)
+        return norm(padded).pow(3).sum()  # type: ignore[no-any-return]
+
+    torch._dynamo.reset()
+    expected, found = (
+        torch.autograd.grad(f(x), conv.weight)[0] for f in (step, torch.compile(step, backend="aot_eager"))
+    )
+    assert relative(found, expected) < 1e-4
+
+
+@pytest.mark.parametrize("where", ["image", "token"])
+def test_functorch_transforms_inside_a_compiled_function(where: str) -> None:
+    image = where == "image"
+    layer = ILMNorm(32, 8) if image else ILMNorm(32, standardization=Standardization(layout="token"))
+    speaking(layer)
+    x = torch.randn(3, 2, 32, 6) if image else torch.randn(3, 2, 5, 32)
+    for transform in (torch.func.vmap(layer), lambda t: torch.func.grad(lambda u: layer(u).pow(3).sum())(t[0])):
+        torch._dynamo.reset()
+        assert relative(torch.compile(transform, backend="aot_eager")(x), transform(x)) < 1e-4
+
+
+@pytest.mark.parametrize(("mean", "corner"), [(0.0, 1e3), (1e3, 0.0)])
+def test_an_outlier_in_the_corner_costs_no_digits(mean: float, corner: float) -> None:
+    torch.manual_seed(0)
+    layer, x = speaking(ILMNorm(16, 4)), torch.randn(2, 16, 128, 128) + mean
+    x[:, :, 0, 0] = corner
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager")
+    exact = [t.float() for t in run(layer.double(), layer, x.double())]
+    for found, expected in zip(run(compiled, layer.float(), x), exact, strict=True):
+        assert relative(found, expected) < 2e-5

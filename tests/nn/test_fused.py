@@ -280,3 +280,49 @@ def test_a_silent_predictor_costs_nothing_in_inference(case: str) -> None:
         fused.return_value = x
         layer(x)
         assert fused.called
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("layer", "shape", "layout"),
+    [
+        (ILMNorm(48, mode="paper", standardization=TOKEN), (4, 8, 48), torch.contiguous_format),
+        (ILMNorm(32, 8), (4, 32, 4, 4), torch.contiguous_format),
+        (ILMNorm(32, 8), (4, 32, 100, 100), torch.contiguous_format),
+        (ILMNorm(32, 8), (4, 32, 8, 8), torch.channels_last),
+    ],
+    ids=["token", "small image", "image", "channels_last"],
+)
+def test_other_instances_do_not_feel_a_broken_one(
+    layer: ILMNorm, shape: tuple[int, ...], layout: torch.memory_format, bad: float
+) -> None:
+    x = (torch.randn(shape) + 1e4).contiguous(memory_format=layout)
+    broken = x.clone(memory_format=torch.preserve_format)
+    broken[(0,) * x.ndim] = bad
+    results = []
+    for values in (x, broken):
+        values.requires_grad_()
+        y = layer(values)[1:]
+        y.square().sum().backward()
+        results.append((y.detach(), values.grad[1:]))
+    for clean, found in zip(*results, strict=True):
+        assert relative(found, clean) < 1e-3
+
+
+def test_blocks_of_one_channel() -> None:
+    layer = ILMNorm(4, 1, num_key_groups=4, hidden_features=8, num_blocks=4, mode="paper")
+    x = torch.randn(2, 4, 4, 4, requires_grad=True)
+    y = layer(x)
+    y.square().sum().backward()
+    twin, z = copy.deepcopy(layer).double(), x.detach().double().requires_grad_()
+    with mock.patch.object(layer_module, "fused_ilm_norm", return_value=None):
+        exact = twin(z)
+    exact.square().sum().backward()
+    assert relative(y, exact) < 1e-5
+    assert relative(x.grad, z.grad) < 1e-4
+
+
+def test_an_empty_batch_gives_gradients_of_zeros() -> None:
+    layer = ILMNorm(32, 8)
+    layer(torch.randn(0, 32, 4, 4)).sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in layer.parameters())
