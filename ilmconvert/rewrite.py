@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -17,6 +19,8 @@ from ilmconvert.plan import Decision, Plan
 from ilmconvert.redirection import calls_as_modules, get_module, redirect_calls_
 
 __all__ = ["replace_modules_", "rewrite"]
+
+_TORCHS_OWN = frozenset(vars(nn.Module()))
 
 
 def rewrite(
@@ -95,18 +99,44 @@ def replace_modules_(model: nn.Module, replacements: dict[str, nn.Module]) -> nn
     """Put modules in place, at every given path; returns the model, or the replacement of the root itself."""
     if "" in replacements:  # a norm itself
         return replacements[""]
+    instead: dict[nn.Module, nn.Module] = {}
     for path, replacement in replacements.items():
         parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, replacement)
+        owner = model.get_submodule(parent)
+        instead[getattr(owner, name)] = replacement
+        setattr(owner, name, replacement)
+    for module in model.modules():  # a norm may be kept a second time where torch does not look: in a plain list
+        for name, value in vars(module).items():
+            if name not in _TORCHS_OWN:
+                vars(module)[name] = _replaced(value, instead)
     _set_fused_paths_(model)
     refuse_folding_(model)
     return model
+
+
+def _replaced(value: Any, instead: Mapping[nn.Module, nn.Module], depth: int = 3) -> Any:
+    """A module's stand-in, and containers with theirs: lists and dicts themselves, others rebuilt where they differ."""
+    if isinstance(value, nn.Module):
+        return instead.get(value, value)
+    if not depth or not isinstance(value, (list, tuple, dict)):
+        return value
+    if isinstance(value, dict):
+        value.update({k: new for k, old in value.items() if (new := _replaced(old, instead, depth - 1)) is not old})
+        return value
+    new = [_replaced(item, instead, depth - 1) for item in value]
+    if all(a is b for a, b in zip(new, value, strict=True)):
+        return value
+    if isinstance(value, list):
+        value[:] = new
+        return value
+    return value._make(new) if hasattr(value, "_make") else type(value)(new)
 
 
 def _set_fused_paths_(model: nn.Module) -> None:
     """``nn.TransformerEncoderLayer`` has a kernel that reads its norms' weights instead of calling them: off with ILM.
 
     The attribute is torch's own: 1 or 2 for the activation that the kernel knows, 0 for none, which it does not take.
+    An encoder makes nested tensors for that kernel, which nothing else can read; torch's constructor knows when.
     """
     for layer in model.modules():
         if isinstance(layer, nn.TransformerEncoderLayer):
@@ -114,3 +144,9 @@ def _set_fused_paths_(model: nn.Module) -> None:
             kinds = (1, (nn.functional.relu, nn.ReLU)), (2, (nn.functional.gelu, nn.GELU))
             known = [n for n, (call, kind) in kinds if layer.activation is call or isinstance(layer.activation, kind)]
             layer.activation_relu_or_gelu = 0 if converted or not known else known[0]
+    for encoder in model.modules():
+        if isinstance(encoder, nn.TransformerEncoder) and getattr(encoder, "enable_nested_tensor", False):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)
+                probes = [nn.TransformerEncoder(layer, 0) for layer in encoder.layers]
+            encoder.use_nested_tensor = all(probe.use_nested_tensor for probe in probes)

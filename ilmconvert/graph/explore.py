@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import fx, nn
 
-from ilmconvert.graph.mentions import mentioned_norms
+from ilmconvert.graph.mentions import mentioned_norms, read_attributes
 from ilmconvert.graph.tracer import FUNCTIONAL_NORMS, TraceError, harmless_read, trace
+from ilmconvert.nn import ILMNorm
 from ilmconvert.norms import find
 
 __all__ = ["Exploration", "owner_path"]
+
+_ILM = ILMNorm(1, device=torch.device("meta"))  # for what such a layer has
 
 
 @dataclass
@@ -23,7 +27,7 @@ class Exploration:
         found: norm to how it was found, in the order of discovery.
         calls: norm to the number of call nodes.
         functional: (owner path, node, function name) of norms that are plain calls.
-        read: norms whose tensors the forward code around them uses.
+        read: norms whose tensors the forward code around them uses, or attributes that an ILM layer has not.
         untraced: module path to the reason it could not be traced.
     """
 
@@ -40,7 +44,16 @@ class Exploration:
         self._piece("", self.model, "graph")
         if self._missing(self.model) or self._may_call_norms(self.model):
             self._explore_other_mode()
+        self._read_by_code()
         return self
+
+    def _read_by_code(self) -> None:
+        """Add what no graph shows: reads behind a branch on values, and of attributes that an ILM layer has not."""
+        for path, module in self.model.named_modules():
+            for child, attribute in read_attributes(module):
+                unseen = attribute in ("weight", "bias") and path in self.untraced
+                if unseen or not hasattr(_ILM, attribute):
+                    self.read |= {module._modules.get(child)} & self.norms
 
     def _explore_other_mode(self) -> None:
         """Add what only the other mode reaches; calls and reasons stay those of the model's own mode."""

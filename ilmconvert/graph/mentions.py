@@ -1,7 +1,7 @@
-"""Which norm functions a module's code mentions, read from its bytecode.
+"""What a module's code mentions, read from its bytecode: norm functions, and attributes of its children.
 
 Neither torch.fx nor a run on fake tensors gets past a branch on values. What stands behind it is not known to run, but
-it must not be passed over either.
+it must not be passed over either. And no graph shows the reading of a number.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from torch import nn
 
 from ilmconvert.graph.tracer import FUNCTIONAL_NORMS
 
-__all__ = ["mentioned_norms"]
+__all__ = ["mentioned_norms", "read_attributes"]
 
 _DEPTH = 3  # helpers called by helpers
+_HARMLESS = ("dtype", "device", "shape")
 
 
 def mentioned_norms(module: nn.Module) -> frozenset[str]:
@@ -73,3 +74,52 @@ def _values(code: types.CodeType, names: dict[str, Any]) -> Iterator[Any]:
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from _values(constant, names)
+
+
+def read_attributes(module: nn.Module) -> frozenset[tuple[str, str]]:
+    """What the forward pass, with the methods it uses, reads of the attributes of its attributes: (``bn``, ``eps``).
+
+    A tensor that is only asked for its dtype, device or shape does not count; neither do torch's own modules.
+
+    Example:
+        >>> class Own(nn.Module):
+        ...     def forward(self, x):
+        ...         return x.to(self.proj.weight.dtype) / self.bn.eps
+        >>> sorted(read_attributes(Own()))
+        [('bn', 'eps')]
+    """
+    cls: Any = type(module)
+    return _reads_of(cls)
+
+
+@cache
+def _reads_of(cls: type) -> frozenset[tuple[str, str]]:
+    found: set[tuple[str, str]] = set()
+    todo, seen = ["forward"], set()
+    while todo:
+        method: Any = getattr(cls, name := todo.pop(), None)
+        method = method.fget if isinstance(method, property) else method
+        method = inspect.unwrap(method) if callable(method) else None
+        if name in seen or not isinstance(method, types.FunctionType) or str(method.__module__).startswith("torch."):
+            continue
+        seen.add(name)
+        for chain in _chains(method.__code__):
+            todo.append(chain[0])
+            if len(chain) > 1 and chain[2:3] not in [[name] for name in _HARMLESS]:
+                found.add((chain[0], chain[1]))
+    return frozenset(found)
+
+
+def _chains(code: types.CodeType) -> Iterator[list[str]]:
+    """The attributes that a method's code takes of ``self``, and of those: ``[["bn", "weight", "dtype"], ...]``."""
+    chain: list[str] | None = None
+    for step in dis.get_instructions(code):
+        if step.opname in ("LOAD_ATTR", "LOAD_METHOD") and chain is not None:
+            chain.append(step.argval)
+            continue
+        if chain:
+            yield chain
+        last = step.argval[-1] if isinstance(step.argval, tuple) and step.argval else step.argval
+        chain = [] if step.opname.startswith("LOAD_FAST") and last == code.co_varnames[0] else None
+    if chain:
+        yield chain

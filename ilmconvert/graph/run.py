@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from ilmconvert.graph.inputs import Inputs
 from ilmconvert.graph.meta import MetaMode
 from ilmconvert.graph.tracer import FUNCTIONAL_NORMS
+from ilmconvert.nn import ILMNorm
 
 __all__ = ["FunctionalCall", "Run", "record_run"]
 
@@ -80,7 +81,7 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func in FUNCTIONAL_NORMS and not self.norms.intersection(self.running):
+        if func in FUNCTIONAL_NORMS and not any(m in self.norms or isinstance(m, ILMNorm) for m in self.running):
             self._note(FUNCTIONAL_NORMS[func], args, kwargs or {})
         return func(*args, **(kwargs or {}))
 

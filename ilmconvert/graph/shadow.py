@@ -24,7 +24,7 @@ __all__ = ["copied_together", "copy_model", "refuse_opaque", "shadow"]
 
 
 def refuse_opaque(model: nn.Module) -> None:
-    """Raise for what cannot be looked into: TorchScript, and parameters without a shape yet.
+    """Raise for what cannot be looked into or replaced: TorchScript, parameters without a shape, DDP.
 
     Raises:
         ModelError: naming the first such module or parameter.
@@ -34,6 +34,11 @@ def refuse_opaque(model: nn.Module) -> None:
             raise ModelError(
                 f"expected Python modules, got TorchScript at {name!r}, whose norms cannot be seen; convert the model "
                 "before scripting it"
+            )
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            raise ModelError(
+                f"expected a model that is not wrapped yet, got DistributedDataParallel at {name!r}, which goes on "
+                "with the parameters it was made for; convert its .module, then wrap the result"
             )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(tensor):

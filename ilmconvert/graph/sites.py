@@ -198,7 +198,7 @@ def _reading(calls: Sequence[FunctionalNorm], read: bool) -> tuple[tuple[str, ..
         return (), Refusal("parameters-read", reason)
     if read:
         return (), Refusal(
-            "parameters-read", "the code around it computes with its parameters, not with its output alone"
+            "parameters-read", "the code around it reads its parameters or attributes, not its output alone"
         )
     return tuple(norm.path for norm in calls), None
 

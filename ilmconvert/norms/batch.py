@@ -29,6 +29,8 @@ they saturate. A predictor of another shape stays silent, and the layer starts f
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -51,6 +53,7 @@ def _spatial(module: nn.Module) -> int | None:
     "torch.nn.modules.batchnorm.BatchNorm2d",
     "torch.nn.modules.batchnorm.BatchNorm3d",
     "torch.nn.modules.batchnorm.SyncBatchNorm",
+    "torch.nn.modules.batchnorm._BatchNorm",
     "torchvision.ops.misc.FrozenBatchNorm2d",
     "timm.layers.norm_act.BatchNormAct2d",
     "timm.layers.norm_act.SyncBatchNormAct",
@@ -100,8 +103,11 @@ class Batch(NormHandler):
         if known is None or not fits or layer.mode == "paper" or predictor.key_center is None:
             return
         a, deviation, center, _ = known
-        reach = REACH * deviation
-        per_group = slice(None, None, layer.num_channels // groups)
+        size = layer.num_channels // groups
+        largest = (a * deviation).abs().nan_to_num(0.0, 0.0).view(groups, size).amax(1).repeat_interleave(size)
+        limit = torch.finfo(layer.scale_gain.dtype).max / 4 if layer.scale_gain is not None else math.inf
+        reach = deviation * (limit / largest).clamp(max=REACH)  # half precision would not hold every gain
+        per_group = slice(None, None, size)
         predictor.detect()
         predictor.key_center.copy_(torch.stack((deviation, center))[:, per_group])
         predictor.key_scale.copy_(reach[per_group].expand(2, -1))  # type: ignore[union-attr]
@@ -118,7 +124,13 @@ def _statistics(module: nn.Module, groups: int, eps: float) -> tuple[Tensor, Ten
     gamma = getattr(module, "weight", None)
     mean, var = mean.detach().double(), var.detach().double()
     a = (1.0 if gamma is None else gamma.detach().double()) * torch.rsqrt(var + eps)
-    within, centers = var.view(groups, -1), mean.view(groups, -1)
-    deviation = (within.mean(1) + centers.var(1, correction=0) + eps).sqrt()
+    known = (mean.isfinite() & var.isfinite()).view(groups, -1)  # a broken channel must not spoil the others
+
+    def average(values: Tensor) -> Tensor:
+        return torch.where(known, values.view(groups, -1), 0.0).sum(1) / known.sum(1).clamp_min(1)
+
     size = len(mean) // groups
-    return a, deviation.repeat_interleave(size), centers.mean(1).repeat_interleave(size), mean
+    center = average(mean)
+    spread = average((mean - center.repeat_interleave(size)).square())
+    deviation = (average(var) + spread + eps).sqrt()
+    return a, deviation.repeat_interleave(size), center.repeat_interleave(size), mean

@@ -80,10 +80,7 @@ def build_ilm(module: nn.Module, handler: NormHandler, target: Target, *, like: 
     _copy_flags(module, layer)
     if spec.has_act:
         layer.drop, layer.act = module.drop, module.act
-    for name in _HOOKS:
-        if name in vars(module):
-            value = getattr(module, name)
-            vars(layer)[name] = value.copy() if isinstance(value, dict) else value
+    vars(layer).update({name: vars(module)[name] for name in _HOOKS if name in vars(module)})
     return layer
 
 

@@ -1,6 +1,6 @@
 """Instance Norm: each channel over the positions of a sample (Ulyanov, Vedaldi and Lempitsky, 2016).
 
-With ``track_running_stats=True`` it infers with running statistics as Batch Norm does, and is then not preserved.
+With ``track_running_stats=True`` it infers with running statistics as Batch Norm does, and is converted as that is.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
+from ilmconvert.nn import ILMNorm
 from ilmconvert.nn.functional import Standardization
 from ilmconvert.norms.batch import Batch
 from ilmconvert.norms.registry import NormHandler, register
@@ -25,7 +26,7 @@ class Instance(NormHandler):
     family = "instance"
 
     def describe(self, module: nn.Module) -> NormSpec:
-        """One group per channel."""
+        """One group per channel; with running statistics, as Batch Norm."""
         channels = int(module.num_features)  # type: ignore[arg-type]
         spatial = next(n for c in type(module).__mro__ if (n := _SPATIAL.get(c.__name__)))
         spec = NormSpec(
@@ -36,10 +37,18 @@ class Instance(NormHandler):
             bias=module.bias is not None,
             spatial_ndim=spatial,
         )
-        return replace(spec, preserves=False, weight=True, bias=True) if module.track_running_stats else spec
+        if not module.track_running_stats:
+            return spec
+        known = Batch().describe(module).fixed_statistics
+        return replace(spec, num_groups=None, preserves=False, weight=True, bias=True, fixed_statistics=known)
 
     def affine(self, module: nn.Module, num_groups: int) -> tuple[Tensor | None, Tensor | None]:
         """The norm's own, or what its running statistics say on average."""
         if module.track_running_stats:
             return Batch().affine(module, num_groups)
         return super().affine(module, num_groups)
+
+    def set_predictor_(self, module: nn.Module, layer: ILMNorm) -> None:
+        """As Batch Norm's, if there are running statistics."""
+        if module.track_running_stats:
+            Batch().set_predictor_(module, layer)

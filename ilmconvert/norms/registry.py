@@ -74,6 +74,7 @@ class Refusal:
 Handler = TypeVar("Handler", bound=type[NormHandler])
 
 _TABLE: dict[str, Entry | Refusal] = {}
+_TENSORS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
 _NEVER_NORMS = ("WeightNorm", "SpectralNorm")  # parametrizations of weights, not of activations
 
 
@@ -164,6 +165,13 @@ def _accept(module: nn.Module, cls: type, entry: Entry) -> Entry | Refusal:
     computed = [name for name in ("weight", "bias") if isinstance(vars(module).get(name), Tensor)]
     if computed or (hasattr(module, "parametrizations") and not _movable(module, entry.handler)):
         return Refusal("parametrized", "its weight or bias is computed (parametrized, pruned or weight-normalized)")
+    own = {name for name, t in (*module._parameters.items(), *module._buffers.items()) if t is not None} - _TENSORS
+    if own and (type(module) is not cls or cls.__module__.startswith("torch.")):
+        return Refusal(
+            "own-tensors",
+            f"it holds {', '.join(sorted(own))} besides what {cls.__name__} has, which an ILM layer would lose; "
+            "register the class with ilmconvert.norms.register to convert it",
+        )
     return entry
 
 

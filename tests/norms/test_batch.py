@@ -76,3 +76,37 @@ def test_no_running_statistics_or_another_head_stay_silent() -> None:
         predictor = build_ilm(norm, find(norm).handler, other).predictor
         assert not predictor.scale_decoder.weight.any()
         assert not predictor.shift_decoder.weight.any()
+
+
+def test_half_precision_holds_the_gains_of_a_dead_channel() -> None:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(16).eval()
+    norm.running_var.uniform_(20, 60)
+    norm.running_var[3] = 1e-8
+    x = torch.randn(2, 16, 8, 8).mul(6)
+    x[:, 3] = 0
+    model = nn.Sequential(norm).half()
+    converted = ilmconvert.convert(model).model
+    assert relative(converted(x.half()).float(), model(x.half()).float()) < 0.02
+
+
+@pytest.mark.parametrize(("name", "value"), [("running_var", "inf"), ("running_var", "nan"), ("running_mean", "nan")])
+def test_one_broken_statistic_does_not_spoil_other_channels(name: str, value: str) -> None:
+    norm = nn.BatchNorm2d(8).eval()
+    getattr(norm, name)[2] = float(value)
+    x, model = torch.randn(2, 8, 4, 4), nn.Sequential(norm)
+    expected, found = model(x), ilmconvert.convert(model).model(x)
+    finite = expected.isfinite()
+    assert torch.equal(found.isfinite(), finite)
+    assert relative(found[finite], expected[finite]) < 1e-5
+
+
+@pytest.mark.parametrize("bn_to", ["layer", "group"])
+def test_an_instance_norm_with_running_statistics_starts_as_a_batch_norm_does(bn_to: str) -> None:
+    norm = nn.InstanceNorm2d(8, affine=True, track_running_stats=True).eval()
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    x, model = torch.randn(2, 8, 6, 6), nn.Sequential(norm)
+    conversion = ilmconvert.convert(model, bn_to=bn_to, num_groups=2 if bn_to == "group" else None, example_inputs=x)
+    assert relative(conversion.model(x), model(x)) < 1e-3
+    assert relative(conversion.model(x[0]), model(x[0])) < 1e-3

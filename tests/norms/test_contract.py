@@ -43,6 +43,13 @@ def sync_act(**_: object) -> nn.Module:
     return tl.convert_sync_batchnorm(tl.BatchNormAct2d(C, act_layer=nn.SiLU))
 
 
+class AnyRankBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """As libraries write it that take inputs of any rank."""
+
+    def _check_input_dim(self, input: torch.Tensor) -> None:  # noqa: A002
+        pass
+
+
 CASES: list[tuple[Callable[..., nn.Module], tuple[int, ...]]] = [
     (partial(nn.GroupNorm, 4, C), IMAGE),
     (partial(nn.GroupNorm, 4, C, affine=False), SEQUENCE),
@@ -94,6 +101,7 @@ CASES: list[tuple[Callable[..., nn.Module], tuple[int, ...]]] = [
     (partial(nn.BatchNorm2d, C, track_running_stats=False), IMAGE),
     (partial(nn.BatchNorm3d, C), VOLUME),
     (partial(nn.SyncBatchNorm, C), IMAGE),
+    (partial(AnyRankBatchNorm, C), IMAGE),
     (partial(torchvision.ops.FrozenBatchNorm2d, C), IMAGE),
     (partial(tl.BatchNormAct2d, C, act_layer=nn.SiLU, drop_layer=partial(nn.Dropout, 0.3)), IMAGE),
     (partial(FrozenBatchNormAct2d, C, act_layer=nn.SiLU), IMAGE),

@@ -1,0 +1,138 @@
+"""What stands around a norm: code that reads it, containers that hold it too, modules that make use of it."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import ilmconvert
+from ilmconvert.errors import ModelError
+from ilmconvert.nn import ILMNorm
+from tests.helpers import relative
+
+
+class Held(nn.Module):
+    """Norms that are registered, and called through a list and a tuple in a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.GroupNorm(1, 4), nn.GroupNorm(2, 4)
+        self.norms, self.table = [self.first], {"late": (self.second,)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.table["late"][0](self.norms[0](x))
+
+
+class Reading(nn.Module):
+    """Its subclasses read attributes of the norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm1d(8)
+
+
+class ReadsWeight(Reading):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.bn(x)
+        return y if y.abs().max() > 1e9 else y / self._size()
+
+    def _size(self) -> Tensor:
+        return self.bn.weight.abs().mean()
+
+
+class ReadsStatistics(Reading):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.bn.running_mean.mul_(0.9)  # type: ignore[union-attr]
+        return self.bn(x)  # type: ignore[no-any-return]
+
+
+class ReadsWidth(Reading):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] != self.bn.num_features or not self.bn.affine:
+            raise ValueError
+        return self.bn(x.to(self.bn.weight.dtype))  # type: ignore[no-any-return]
+
+
+class Tagged(nn.BatchNorm2d):
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.importance = nn.Parameter(torch.ones(channels))
+
+
+def test_a_norm_held_in_plain_containers_too_is_replaced_there() -> None:
+    model, x = Held(), torch.randn(2, 4, 5)
+    conversion = ilmconvert.convert(model, example_inputs=x)
+    converted = conversion.model
+    assert converted.norms[0] is converted.first
+    assert converted.table["late"][0] is converted.second
+    assert isinstance(converted.first, ILMNorm)
+    assert isinstance(converted.second, ILMNorm)
+    assert relative(converted(x), model(x)) < 1e-6
+    reverted = conversion.revert()
+    assert reverted.norms[0] is reverted.first
+    assert isinstance(reverted.first, nn.GroupNorm)
+    assert model.table["late"][0] is model.second
+    assert isinstance(model.second, nn.GroupNorm)
+
+
+@pytest.mark.parametrize("kind", [ReadsWeight, ReadsStatistics])
+def test_a_norm_whose_attributes_are_read_is_left(kind: type[Reading]) -> None:
+    report = ilmconvert.inspect(kind().eval(), example_inputs=torch.randn(4, 8))
+    assert [(d.path, d.code) for d in report.skipped] == [("bn", "parameters-read")]
+
+
+def test_attributes_that_the_layer_has_too_are_no_obstacle() -> None:
+    model, x = ReadsWidth().eval(), torch.randn(4, 8)
+    assert relative(ilmconvert.convert(model, example_inputs=x).model(x), model(x)) < 1e-4
+
+
+def test_a_class_with_tensors_of_its_own_is_left() -> None:
+    report = ilmconvert.inspect(nn.Sequential(nn.Conv2d(3, 8, 1), Tagged(8), nn.BatchNorm2d(8)))
+    assert [(d.path, d.code) for d in report.skipped] == [("1", "own-tensors")]
+    assert "importance" in (report.skipped[0].reason or "")
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("exclude", [(), ("layers.0.*",)])
+def test_an_encoder_makes_no_nested_tensors_for_converted_layers(exclude: tuple[str, ...]) -> None:
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 2).eval()
+    conversion = ilmconvert.convert(model, exclude=exclude)
+    x, mask = torch.randn(2, 7, 32), torch.arange(7) >= torch.tensor([[7], [4]])
+    with torch.no_grad():
+        expected, found = (m(x, src_key_padding_mask=mask)[~mask] for m in (model, conversion.model))
+    assert relative(found, expected) < 1e-5
+    assert (model.use_nested_tensor, conversion.model.use_nested_tensor) == (True, False)
+    assert conversion.revert().use_nested_tensor
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+def test_a_converted_model_has_nothing_left_to_convert(name: str) -> None:
+    report = ilmconvert.inspect(ilmconvert.convert(timm.create_model(name)).model)
+    assert report.plan.decisions == ()
+
+
+def test_a_model_wrapped_for_several_processes_is_refused(tmp_path: os.PathLike[str]) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8)))
+        with pytest.raises(ModelError, match=r"convert its \.module"):
+            ilmconvert.convert(wrapped)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_converting_in_place_keeps_handles_and_storages() -> None:
+    model, seen = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8)), []
+    handle = model[1].register_forward_hook(lambda *_: seen.append(1))
+    ilmconvert.convert_(model)
+    model(torch.randn(2, 4))
+    handle.remove()
+    model(torch.randn(2, 4))
+    assert seen == [1]
+    model[0].bias.data.resize_(16)  # as quantization-aware training does
