@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ilmconvert.errors import UsageError
+from ilmconvert.jsonable import to_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,7 +30,7 @@ class Calibrated(NamedTuple):
 
     def records(self) -> dict[str, bytes]:
         """The account as a file to save beside the weights."""
-        return {RECORD: (json.dumps(self.report.to_dict(), indent=1) + "\n").encode()}
+        return {RECORD: (to_json(self.report.to_dict()) + "\n").encode()}
 
 
 def calibrate_conversion(

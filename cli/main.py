@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 import click
 from ilmconvert_cli.commands.calibrate import calibrate
@@ -38,6 +39,8 @@ for command in (inspect, convert, calibrate, recover, verify, diff, survey):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for a wrong request, 1 for any other failure."""
     warnings.showwarning = _warn  # type: ignore[assignment]
+    if sys.stdout is None:  # closed by the caller
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
     try:
         result = cli.main(args=None if argv is None else list(argv), prog_name="ilmconvert", standalone_mode=False)
         return result if isinstance(result, int) else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,6 +12,7 @@ import click
 
 __all__ = [
     "CONVERSION_FIELDS",
+    "Number",
     "calibration_options",
     "conversion_options",
     "input_size_option",
@@ -54,6 +56,21 @@ class InputSize(click.ParamType):  # type: ignore[type-arg]
         if not size or min(size) < 1:
             self.fail(f"expected sizes such as 3,224,224 (one sample, no batch dimension), got {value!r}", param, ctx)
         return size
+
+
+class Number(click.types.FloatParamType):
+    """A number; ``nan`` and ``inf`` are none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Parse and check it."""
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"expected a finite number, got {value!r}", param, ctx)
+        return number
+
+
+class NumberInRange(Number, click.FloatRange):
+    """A number in a range, as click has it."""
 
 
 class KeyValue(click.ParamType):  # type: ignore[type-arg]
@@ -164,7 +181,7 @@ calibration_options = _all(
     click.option("--limit", type=click.IntRange(1), default=256, show_default=True, help="Images to fit to."),
     click.option(
         "--held-out",
-        type=click.FloatRange(0, 1, min_open=True, max_open=True),
+        type=NumberInRange(0, 1, min_open=True, max_open=True),
         default=0.2,
         show_default=True,
         help="Share of further images, to compare the two models on.",
@@ -178,7 +195,7 @@ calibration_options = _all(
     click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Images run together."),
     click.option(
         "--memory",
-        type=click.FloatRange(0),
+        type=NumberInRange(0),
         default=2.0,
         show_default=True,
         help="GiB of activations to hold; what exceeds it waits on disk.",
@@ -189,41 +206,49 @@ calibration_options = _all(
 recovery_options = _all(
     click.option("--steps", type=int, metavar="N", help="Optimizer steps."),
     click.option(
-        "--epochs", type=float, metavar="N", help="Passes over the images.  [default: 10 if no limit is given]"
+        "--epochs", type=Number(), metavar="N", help="Passes over the images.  [default: 10 if no limit is given]"
     ),
     click.option(
-        "--minutes", type=float, metavar="N", help="Wall time, all included. The first limit reached ends it."
+        "--minutes", type=Number(), metavar="N", help="Wall time, all included. The first limit reached ends it."
     ),
     click.option(
         "--batch-size", type=int, default=32, show_default=True, help="Images in a step, shared by the processes."
     ),
-    click.option("--lr", type=float, default=2e-4, show_default=True, help="Highest learning rate of AdamW."),
+    click.option("--lr", type=Number(), default=2e-4, show_default=True, help="Highest learning rate of AdamW."),
     click.option(
-        "--meta-lr-scale", type=float, default=0.1, show_default=True, help="The same for meta parameters, relative."
+        "--meta-lr-scale", type=Number(), default=0.1, show_default=True, help="The same for meta parameters, relative."
     ),
     click.option(
-        "--weight-decay", type=float, default=0.0, show_default=True, help="Of all but norms, biases, meta parameters."
+        "--weight-decay",
+        type=Number(),
+        default=0.0,
+        show_default=True,
+        help="Of all but norms, biases, meta parameters.",
     ),
     click.option(
-        "--warmup", type=float, default=0.05, show_default=True, help="Share of the run with a rising learning rate."
-    ),
-    click.option("--clip", type=float, default=1.0, show_default=True, help="Largest gradient norm; 0 does not clip."),
-    click.option("--temperature", type=float, default=1.0, show_default=True, help="Of the distillation."),
-    click.option(
-        "--features", type=float, default=0.0, show_default=True, help="Weight of matching the norms' outputs too."
+        "--warmup", type=Number(), default=0.05, show_default=True, help="Share of the run with a rising learning rate."
     ),
     click.option(
-        "--label-smoothing", type=float, default=0.0, show_default=True, help="Of the cross-entropy, with --labels."
+        "--clip", type=Number(), default=1.0, show_default=True, help="Largest gradient norm; 0 does not clip."
+    ),
+    click.option("--temperature", type=Number(), default=1.0, show_default=True, help="Of the distillation."),
+    click.option(
+        "--features", type=Number(), default=0.0, show_default=True, help="Weight of matching the norms' outputs too."
+    ),
+    click.option(
+        "--label-smoothing", type=Number(), default=0.0, show_default=True, help="Of the cross-entropy, with --labels."
     ),
     click.option("--freeze", is_flag=True, help="Train the ILM layers alone."),
     click.option(
         "--augment",
-        type=float,
+        type=Number(),
         default=0.5,
         show_default=True,
         help="Strength of random crops, flips and colours, 0 to 1.",
     ),
-    click.option("--held-out", type=float, default=0.1, show_default=True, help="Share of the images to measure on."),
+    click.option(
+        "--held-out", type=Number(), default=0.1, show_default=True, help="Share of the images to measure on."
+    ),
     click.option("--evaluate-every", type=int, metavar="N", help="Steps between measurements.  [default: 20 in all]"),
     click.option(
         "--precision",

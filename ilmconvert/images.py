@@ -119,6 +119,8 @@ def image_batches(
     for name, number in (("batch_size", batch_size), ("limit", limit)):
         if number is not None and number < 1:
             raise UsageError(f"expected {name} to be at least 1, got {number}")
+    if input_size is not None and (len(input_size) != 3 or input_size[0] != 3):
+        raise UsageError(f"expected an input size (3, H, W) for images, got {tuple(input_size)}")
     from timm.data import create_transform, resolve_model_data_config
 
     files = image_files(folder)

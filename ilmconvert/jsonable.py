@@ -1,17 +1,19 @@
-"""Frozen dataclasses from the plain data that ``json.loads(json.dumps(asdict(value)))`` gives.
+"""Plain data as JSON, and frozen dataclasses from the plain data that ``json.loads(json.dumps(asdict(value)))`` gives.
 
 The reader is strict, so that an edited plan with a typing error is refused rather than half understood.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import types
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ilmconvert.errors import PlanError
 
-__all__ = ["from_data"]
+__all__ = ["from_data", "to_json"]
 
 T = TypeVar("T")
 
@@ -38,6 +40,24 @@ def from_data(cls: type[T], data: Any, where: str) -> T:
         return cls(**values)
     except (TypeError, ValueError) as error:
         raise PlanError(f"expected {where} to be complete and valid: {error}") from error
+
+
+def to_json(data: Any, indent: int | None = 1) -> str:
+    """Plain data as JSON text that every parser reads: numbers that are not finite become null.
+
+    Example:
+        >>> to_json({"kl": float("nan"), "steps": [1, 2.5]}, indent=None)
+        '{"kl": null, "steps": [1, 2.5]}'
+    """
+    return json.dumps(_finite(data), indent=indent, allow_nan=False)
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def _value(hint: Any, data: Any, where: str) -> Any:

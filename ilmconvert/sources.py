@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import logging
@@ -84,10 +85,11 @@ def is_factory(name: str) -> bool:
 
 def _call(make: Callable[[], Any], name: str) -> nn.Module:
     try:
-        model = make()
+        with contextlib.redirect_stdout(sys.stderr):  # what a factory prints must not come between our own output
+            model = make()
     except IlmconvertError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise IlmconvertError(f"expected {name!r} to build a model, but it failed: {_brief(error)}") from error
     if not isinstance(model, nn.Module):
         raise IlmconvertError(f"expected {name!r} to return a torch.nn.Module, got {type(model).__name__}")
@@ -138,6 +140,6 @@ def _not_a_model(name: str) -> str:
     return f"expected a timm model, a folder saved by ilmconvert or package.module:factory, got {name!r}{hint}"
 
 
-def _brief(error: Exception) -> str:
+def _brief(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__

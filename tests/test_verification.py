@@ -94,3 +94,11 @@ def test_takes_equal_infinities_as_equal() -> None:
     assert found["outputs"].passed
     assert relative_difference([torch.ones(1)], []) == float("inf")
     assert relative_difference([torch.tensor([torch.nan, 1.0])], [torch.tensor([1.0, torch.nan])]) == float("inf")
+
+
+def test_nothing_is_said_of_outputs_that_are_not_finite() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8))
+    nn.init.constant_(model[0].weight, float("nan"))
+    result = ilmconvert.verify(model, ilmconvert.convert(model).model, torch.randn(2, 4))
+    assert not result.passed
+    assert next(c for c in result.checks if c.name == "outputs").passed is False

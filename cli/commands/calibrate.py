@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from ilmconvert_cli.options import (
 )
 
 from ilmconvert.errors import OutputExistsError
+from ilmconvert.jsonable import to_json
 
 
 @click.command()
@@ -70,7 +70,7 @@ def calibrate(
     save(calibrated.conversion, target, force=force, records=calibrated.records())
     if as_json:
         broken = {str(file): reason for file, reason in calibrated.broken.items()}
-        click.echo(json.dumps({"output": str(target), "broken": broken, **calibrated.report.to_dict()}, indent=1))
+        click.echo(to_json({"output": str(target), "broken": broken, **calibrated.report.to_dict()}))
         return
     print_calibration(calibrated.report, calibrated.broken)
     print_saved(target)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
+import importlib.util
 import os
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +24,7 @@ from ilmconvert_cli.options import (
 )
 
 from ilmconvert.errors import OutputExistsError, UsageError
+from ilmconvert.jsonable import to_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -84,7 +89,7 @@ def recover(
     if reset_classifier:
         _reset_classifier(conversion.model, images, labels)
     main = os.environ.get("RANK", "0") == "0"
-    with progress_bar(quiet=as_json or not main) as progress:
+    with _alone(run, main=main), progress_bar(quiet=as_json or not main) as progress:
         recovery = ilmconvert.recover(
             original,
             conversion.model,
@@ -114,6 +119,32 @@ def _run_folder(output: Path, *, resume: bool, force: bool) -> Path:
     return run
 
 
+@contextmanager
+def _alone(run: Path, *, main: bool) -> Iterator[None]:
+    """Refuse a run that another process works on, and say how an interrupted one goes on.
+
+    The lock is the operating system's and goes with the process, however that ends; where there is none (Windows), two
+    processes on one run are not noticed.
+    """
+    name = hashlib.sha256(str(run).encode()).hexdigest()[:16]
+    try:
+        with (Path(tempfile.gettempdir()) / f"ilmconvert-{name}.lock").open("w") as lock:
+            if main and importlib.util.find_spec("fcntl") is not None:
+                import fcntl
+
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    raise OutputExistsError(
+                        f"expected {str(run)!r} for itself, but another process works on it"
+                    ) from error
+            yield
+    except KeyboardInterrupt:
+        if main and run.exists():
+            click.echo(f"The run is kept in {run}; it goes on with --resume.", err=True)
+        raise
+
+
 def _reset_classifier(model: nn.Module, images: Path, labels: bool) -> None:
     from ilmconvert.images import image_files
     from ilmconvert.training.data import class_names
@@ -136,7 +167,7 @@ def _print_result(recovery: Recovery, output: Path, as_json: bool) -> None:
     from ilmconvert_cli.render.report import print_saved
 
     if as_json:
-        click.echo(json.dumps({"output": str(output), **recovery.report.to_dict()}, indent=1))
+        click.echo(to_json({"output": str(output), **recovery.report.to_dict()}))
         return
     print_recovery(recovery.report)
     print_saved(output)

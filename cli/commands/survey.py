@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from ilmconvert_cli.options import json_option
+from ilmconvert_cli.options import Number, json_option
 
 LIBRARIES = ("timm", "torchvision", "transformers", "segmentation_models_pytorch")  # without importing torch
 
@@ -38,13 +38,15 @@ LIBRARIES = ("timm", "torchvision", "transformers", "segmentation_models_pytorch
     "--real", is_flag=True, help="Real tensors: outputs are compared. Otherwise shapes and graphs alone (meta)."
 )
 @click.option("--batch-size", type=int, default=2, show_default=True, help="Samples in the inputs.")
-@click.option("--max-parameters", type=float, metavar="N", help="Leave out larger models, such as 60e6.")
+@click.option("--max-parameters", type=Number(), metavar="N", help="Leave out larger models, such as 60e6.")
 @click.option("--exact-only", is_flag=True, help="Leave out models with Batch Norm or other inexact norms.")
 @click.option("--sample", type=int, metavar="N", help="Take N of the models at random.")
 @click.option("--seed", type=int, default=0, show_default=True, help="For --sample.")
 @click.option("--jobs", "-j", type=int, default=1, show_default=True, help="Processes.")
-@click.option("--time-limit", type=float, default=600, show_default=True, metavar="SECONDS", help="For one model.")
-@click.option("--memory-limit", type=float, default=8, show_default=True, metavar="GB", help="For one process (Linux).")
+@click.option("--time-limit", type=Number(), default=600, show_default=True, metavar="SECONDS", help="For one model.")
+@click.option(
+    "--memory-limit", type=Number(), default=8, show_default=True, metavar="GB", help="For one process (Linux)."
+)
 @json_option
 @click.pass_context
 def survey(

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 from ilmconvert_cli.opening import sample_inputs
-from ilmconvert_cli.options import input_size_option, json_option, trust_factory_option
+from ilmconvert_cli.options import Number, input_size_option, json_option, trust_factory_option
+
+from ilmconvert.jsonable import to_json
 
 
 @click.command()
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @trust_factory_option
 @input_size_option
-@click.option("--tolerance", type=float, default=1e-5, show_default=True, help="Relative output difference allowed.")
+@click.option("--tolerance", type=Number(), default=1e-5, show_default=True, help="Relative output difference allowed.")
 @json_option
 @click.pass_context
 def verify(
@@ -39,7 +40,7 @@ def verify(
     inputs = sample_inputs(conversion.model, input_size)
     result = ilmconvert.verify(conversion.revert(), conversion.model, inputs, tolerance=tolerance)
     if as_json:
-        click.echo(json.dumps(result.to_dict(), indent=1))
+        click.echo(to_json(result.to_dict()))
     else:
         print_verification(result)
     context.exit(0 if result.passed else 1)

@@ -13,7 +13,7 @@ _PIPED_WIDTH = 120
 
 def stdout() -> Console:
     """For results. Piped output is not cut to a terminal's width."""
-    return Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH, highlight=False)
+    return Console(width=None if sys.stdout is not None and sys.stdout.isatty() else _PIPED_WIDTH, highlight=False)
 
 
 def stderr() -> Console:

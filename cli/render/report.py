@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,5 +75,5 @@ def print_saved(folder: Path) -> None:
     out, source = stdout(), saved_source(folder)
     trust = " --trust-factory" if source is not None and source.kind == "factory" else ""
     out.print(f"\nsaved to {folder}", markup=False)
-    out.print(f"  check it: ilmconvert verify {folder}{trust}", markup=False, soft_wrap=True)
+    out.print(f"  check it: ilmconvert verify {shlex.quote(str(folder))}{trust}", markup=False, soft_wrap=True)
     out.print(f"  use it:   model = {load_call(str(folder), source)}", markup=False, soft_wrap=True)

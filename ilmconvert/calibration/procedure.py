@@ -94,6 +94,7 @@ def calibrate(
     first = next(iter(inputs), None)
     if first is None:
         raise UsageError("expected batches to calibrate with, got none")
+    _check_batch(teacher, first)
     programs = Program(teacher, layers, first), Program(student, layers, first)
     visits = _visits(programs, first)
     left |= {path: "it does not run in evaluation mode" for path in layers if path not in visits}
@@ -119,6 +120,19 @@ def calibrate(
     for name, module in converted.named_modules():
         student.get_submodule(name).training = module.training
     return Calibration(student, report)
+
+
+@torch.no_grad()
+def _check_batch(model: nn.Module, batch: Inputs) -> None:
+    try:
+        batch(model)
+    except Exception as error:  # a forward pass may raise anything
+        shapes = ", ".join(str(tuple(v.shape)) for v in batch.args if isinstance(v, Tensor)) or "no tensors"
+        raise UsageError(
+            f"expected batches that {type(model).__name__} can be called with: tensors (B, *), or tuples or dicts of "
+            f"arguments, without labels ((x for x, _ in loader)); the first, {shapes}, ends in "
+            f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        ) from error
 
 
 class _Prepared:

@@ -62,7 +62,10 @@ class CalibrationReport:
 
     def __str__(self) -> str:
         worst = min(self.sites, key=lambda site: site.fit.explained_after, default=None)
-        lines = [f"{len(self.sites)} layers fitted to {self.images} images"]
+        layers, images = (
+            f"{n} {noun}{'' if n == 1 else 's'}" for n, noun in ((len(self.sites), "layer"), (self.images, "image"))
+        )
+        lines = [f"{layers} fitted to {images}"]
         if worst is not None:
             lines.append(f"  variance explained: at least {worst.fit.explained_after:.6f} (at {worst.path})")
         where = "held-out images" if self.held_out else "the calibration images themselves"
@@ -75,8 +78,8 @@ class CalibrationReport:
         lines.append(f"  parameters added by the ILM layers: {self.added_parameters:,}")
         if self.degenerate:
             count = sum(len(channels) for channels in self.degenerate.values())
-            lines.append(
-                f"  {count} channels hardly vary and kept their start, in {', '.join(list(self.degenerate)[:3])}"
-            )
+            more = f" and {len(self.degenerate) - 3} more" if len(self.degenerate) > 3 else ""
+            some = ", ".join(list(self.degenerate)[:3])
+            lines.append(f"  {count} channels hardly vary and kept their start, in {some}{more}")
         lines += [f"  not fitted: {path}: {reason}" for path, reason in self.not_fitted.items()]
         return "\n".join(lines)

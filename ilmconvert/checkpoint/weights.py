@@ -23,15 +23,16 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """
     file = Path(path)
     if not file.is_file():
-        raise CheckpointError(f"expected a checkpoint file at {str(file)!r}, found none")
+        found = "a folder" if file.is_dir() else "none" if not file.exists() else "no regular file"
+        raise CheckpointError(f"expected a checkpoint file at {str(file)!r}, found {found}")
     from timm.models import load_state_dict
 
     try:
         state: Any = load_state_dict(str(file), weights_only=True)
     except Exception as error:
         raise CheckpointError(
-            f"expected a safetensors file or a torch file of plain tensors at {str(file)!r}, but reading it failed: "
-            f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            f"expected a safetensors file (.safetensors) or a torch file of plain tensors at {str(file)!r}, but "
+            f"reading it failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
         ) from error
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise CheckpointError(f"expected tensors by name in {str(file)!r}, got something else")
@@ -45,7 +46,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         CheckpointError: unreadable, or keys or shapes that do not fit, named.
     """
     state = read_state_dict(path)
-    check_keys(model.state_dict(), state, str(path))
+    given = {k for k in model.state_dict() if k in state or not k.endswith(".num_batches_tracked")}  # as torch does
+    check_keys({k: v for k, v in model.state_dict().items() if k in given}, state, str(path))
     model.load_state_dict(state)
 
 

@@ -26,12 +26,12 @@ class Batches:
 
     Attributes:
         batches: what to call both models with, one after the other.
-        words: what they are.
+        words: what they are; called at the end, when it is known what could be read.
         notes: called at the end: what could not be read.
     """
 
     batches: Iterable[Inputs]
-    words: str
+    words: Callable[[], str]
     notes: Callable[[], tuple[str, ...]] = tuple
 
 
@@ -51,7 +51,8 @@ def random_batches(
             "batches of your own in Python"
         )
     size = "x".join(map(str, inputs.args[0].shape[1:]))
-    return Batches([inputs], f"{number} random input{'' if number == 1 else 's'} of {size}")
+    words = f"{number} random input{'' if number == 1 else 's'} of {size}"
+    return Batches([inputs], lambda: words)
 
 
 def folder_batches(
@@ -64,7 +65,11 @@ def folder_batches(
     """
     limit = limit or _IMAGES
     images = image_batches(folder, model, batch_size=min(_IMAGES_IN_BATCH, limit), limit=limit, input_size=input_size)
-    words = f"{len(images.files)} image{'' if len(images.files) == 1 else 's'} from {folder}"
+
+    def words() -> str:
+        read = len(images.files) - len(images.broken)
+        return f"{read} image{'' if read == 1 else 's'} from {folder}"
+
     return Batches(
         (Inputs((batch,)) for batch in images),
         words,
@@ -87,4 +92,4 @@ def given_batches(given: Any, model: nn.Module) -> Batches:
             f"expected numerics to be 'random', a folder or an iterable of batches, got {type(given).__name__}"
         )
     wrapped = (inputs for batch in given if (inputs := example_inputs(model, batch)) is not None)
-    return Batches(wrapped, "the batches given")
+    return Batches(wrapped, lambda: "the batches given")

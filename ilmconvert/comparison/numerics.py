@@ -125,11 +125,11 @@ def measure(
         if calls:
             _batch(diff, [_along(m, c) for m, c in zip(models, calls, strict=True)], batch, sums[True], budget)
     if not samples:
-        raise UsageError(f"expected inputs to compare activations on, got none: {batches.words}")
+        raise UsageError(f"expected inputs to compare activations on, got none: {batches.words()}")
     rows = list(diff.rows)
     for i, found in (sums[False] | sums[True]).items():
         rows[i] = replace(rows[i], numbers=found.numbers())
-    return replace(diff, rows=tuple(rows), numerics=NumericsRun(batches.words, samples, batches.notes()))
+    return replace(diff, rows=tuple(rows), numerics=NumericsRun(batches.words(), samples, batches.notes()))
 
 
 @torch.no_grad()

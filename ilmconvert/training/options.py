@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
@@ -108,5 +109,5 @@ class RecoverOptions:
 
 
 def _check(name: str, value: Any, wanted: str, test: Callable[[Any], bool]) -> None:
-    if value is not None and not test(value):
+    if value is not None and not (test(value) and math.isfinite(value if isinstance(value, float) else 0)):
         raise UsageError(f"expected {name} to be {wanted}, got {value!r}")

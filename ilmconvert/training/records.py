@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import json
 from typing import TYPE_CHECKING
 
 from ilmconvert.errors import IlmconvertError
+from ilmconvert.jsonable import to_json
 from ilmconvert.training.result import RecoveryReport
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def records(report: RecoveryReport) -> dict[str, bytes]:
     return {
         "recover.csv": report.to_csv().encode(),
         "recover.jsonl": report.to_jsonl().encode(),
-        "recover.json": (json.dumps(report.to_dict(), indent=1) + "\n").encode(),
+        "recover.json": (to_json(report.to_dict()) + "\n").encode(),
         "recover.png": picture.getvalue(),
     }
 

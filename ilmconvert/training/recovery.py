@@ -77,6 +77,8 @@ def recover(
         raise UsageError("expected the original to learn from, got None; give it, or labels=True")
     if wanted.features and labels:
         raise UsageError("expected features=0 with labels, since features are compared with the original's")
+    if wanted.label_smoothing and not labels:
+        raise UsageError("expected labels=True with label_smoothing, which is of the cross-entropy with them")
     if resume and run_folder is None:
         raise UsageError("expected run_folder with resume=True: the folder of the run to go on with")
     data = open_images(images, converted, wanted, labels=labels, held_out=held_out_images)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,6 +11,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from ilmconvert.jsonable import to_json
 from ilmconvert.metrics import Score, Similarity
 from ilmconvert.report import plural
 
@@ -68,7 +68,7 @@ class Evaluation:
 
 def to_jsonl(evaluations: Sequence[Evaluation]) -> str:
     """Evaluations as a log, one JSON object a line."""
-    return "".join(json.dumps(e.to_dict()) + "\n" for e in evaluations)
+    return "".join(to_json(e.to_dict(), indent=None) + "\n" for e in evaluations)
 
 
 @dataclass(frozen=True)

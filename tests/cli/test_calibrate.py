@@ -94,6 +94,9 @@ def test_converts_and_calibrates_at_once(place: Path, capsys: pytest.CaptureFixt
         (["calibrate", "ilm", "--images", "nothing", "-o", "out"], 2, "expected a folder of images at 'nothing'"),
         (["calibrate", "ilm", "--images", "images", "-o", "images"], 2, "expected a new folder"),
         (["calibrate", "ilm", "--images", "images", "-o", "out", "--held-out", "1"], 2, "--held-out"),
+        (["calibrate", "ilm", "--images", "images", "-o", "out", "--held-out", "nan"], 2, "expected a finite number"),
+        (["calibrate", "ilm", "--images", "images", "-o", "out", "--memory", "nan"], 2, "expected a finite number"),
+        (["calibrate", "ilm", "--images", "images", "-o", "out", "--input-size", "1,32,32"], 2, "(3, H, W) for images"),
         (
             ["convert", "test_vit", "--calibrate", "images", "-o", "out"],
             2,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -105,10 +106,10 @@ def test_factory_model_with_arguments(capsys: Output) -> None:
 
 
 def test_what_is_printed_after_a_conversion_can_be_run(capsys: Output) -> None:
-    folder = f"{'long' * 30}[b]"
+    folder = f"{'long' * 30}[b] ü (1)"
     assert main(["convert", "tests.models:small_cnn", "--input-size", "3,12,12", "-o", folder]) == 0
     check, use = capsys.readouterr().out.splitlines()[-2:]
-    assert main([*check.split()[3:], "--input-size", "3,12,12"]) == 0
+    assert main([*shlex.split(check)[3:], "--input-size", "3,12,12"]) == 0
     names = {"ilmconvert": ilmconvert}
     exec(use.removeprefix("  use it:   "), names)
     assert same_state(names["model"], ilmconvert.load(folder, trust_factory=True))
@@ -258,3 +259,18 @@ def test_survey_writes_records_and_page(capsys: Output) -> None:
         assert main(["survey", "test_vit", "--markdown", page]) == 2
         said = capsys.readouterr()
         assert (said.out, said.err.count("\n")) == ("", 1)
+
+
+def test_a_checkpoint_from_before_num_batches_tracked(capsys: Output) -> None:
+    model = randomize_norms(timm.create_model("test_resnet"))
+    old = {name: value for name, value in model.state_dict().items() if not name.endswith("num_batches_tracked")}
+    torch.save(old, "old.pt")
+    assert main(["convert", "test_resnet", "--checkpoint", "old.pt", "-o", "out"]) == 0
+    state = ilmconvert.load_conversion("out").revert().state_dict()
+    assert all(torch.equal(state[name], value) for name, value in old.items())
+
+
+def test_a_closed_standard_output_is_no_failure() -> None:
+    command = [sys.executable, "-m", "ilmconvert", "inspect", "test_resnet"]
+    result = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")

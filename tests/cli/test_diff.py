@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from ilmconvert_cli.main import main
+from PIL import Image
 
 from ilmconvert.comparison import GraphDiff
 
@@ -124,3 +125,12 @@ def test_colour_only_on_a_terminal(capsys: Output, saved: str, monkeypatch: pyte
     monkeypatch.setenv("NO_COLOR", "1")
     assert main(["diff", saved]) == 0
     assert "\x1b[33m" not in capsys.readouterr().out
+
+
+def test_only_images_that_were_read_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("photos").mkdir()
+    for number in range(3):
+        Image.effect_noise((40, 40), 30 * number).convert("RGB").save(f"photos/{number}.png")
+    Path("photos/broken.png").write_bytes(b"no image")
+    assert main(["diff", "test_resnet", "test_resnet", "--numerics", "photos", "--summary"]) == 0
+    assert "(on 3 images from photos; 1 note)" in capsys.readouterr().out

@@ -108,3 +108,35 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(capsys: Output) -> None
     a, b = ([{**json.loads(line), "seconds": 0} for line in lines] for lines in logs)
     assert a == b
     assert not Path("broken.run").exists()
+
+
+def test_a_run_belongs_to_one_process(capsys: Output) -> None:
+    convert()
+    arguments = ["recover", "ilm", "--images", "images", *QUICK, "-o", "out"]
+    command = [sys.executable, "-m", "ilmconvert", *arguments, "--steps", "100000", "--evaluate-every", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not Path("out.run").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    assert main([*arguments, "--steps", "100000", "--evaluate-every", "2", "--resume"]) == 2
+    assert "another process works on it" in capsys.readouterr().err
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 1
+    assert "it goes on with --resume" in err
+
+
+def test_a_run_that_diverged_is_told_in_strict_json(capsys: Output) -> None:
+    def refuse(constant: str) -> None:
+        raise ValueError(constant)
+
+    convert()
+    capsys.readouterr()
+    options = ["--lr", "1e30", "--clip", "0", "--warmup", "0", "--steps", "4", "--evaluate-every", "2", "--json"]
+    size = ["--input-size", "3,32,32", "--batch-size", "4"]
+    assert main(["recover", "ilm", "--images", "images", "-o", "out", *size, *options]) == 0
+    result = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert result["stopped"] == "diverged"
+    assert result["last"]["loss"] is None
+    for line in Path("out/recover.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=refuse)

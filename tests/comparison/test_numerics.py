@@ -66,7 +66,7 @@ def test_batches_and_budget_do_not_matter(budget: int) -> None:
     x = torch.randn(6, 3, 8, 8)
     base = ilmconvert.diff(a, b)
     whole = ilmconvert.diff(a, b, numerics=x)
-    split = measure(base, a, b, Batches([Inputs((part,)) for part in x.split(4)], "two batches"), budget=budget)
+    split = measure(base, a, b, Batches([Inputs((part,)) for part in x.split(4)], lambda: "two batches"), budget=budget)
     assert split.numerics.samples == 6
     for path, expected in numbers(whole).items():
         if expected is not None:
@@ -89,7 +89,7 @@ def test_no_more_than_the_budget_is_held(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(numerics._Pass, "keep", watched)
     a, b = pair()
     one = 4 * 2 * 8 * 64
-    measure(ilmconvert.diff(a, b), a, b, Batches([Inputs((torch.randn(2, 3, 8, 8),))], "x"), budget=3 * one)
+    measure(ilmconvert.diff(a, b), a, b, Batches([Inputs((torch.randn(2, 3, 8, 8),))], lambda: "x"), budget=3 * one)
     assert 2 * one < largest <= 3 * one
 
 

@@ -63,7 +63,9 @@ def _head(diff: GraphDiff) -> list[str]:
         lines.append(f"  could not be run for shapes and counts: {printable('; '.join(errors))}")
     if diff.numerics is not None:
         output = next((text for row in diff.rows if (text := numbers(row))), "not compared")
-        lines.append(f"  outputs: {output} (on {printable(diff.numerics.inputs)})")
+        more = len(diff.numerics.notes)
+        noted = f"; {more} note{'' if more == 1 else 's'}" if more else ""
+        lines.append(f"  outputs: {output} (on {printable(diff.numerics.inputs)}{noted})")
     return lines
 
 
