@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
-import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import Any, Literal, cast
 from torch import nn
 
 from ilmconvert.errors import IlmconvertError, UnknownModelError
+from ilmconvert.quiet import quiet
 
 __all__ = ["Source", "build", "is_factory"]
 
@@ -99,20 +99,14 @@ def _call(make: Callable[[], Any], name: str) -> nn.Module:
 def _pretrained(name: str, args: dict[str, Any]) -> nn.Module:
     import timm
 
-    loggers = [logging.getLogger(n) for n in ("huggingface_hub", "timm")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:  # the retries are told once, in the error
-        logger.setLevel(logging.CRITICAL)
     try:
-        return timm.create_model(name, pretrained=True, **args)  # type: ignore[no-any-return]
+        with quiet("huggingface_hub", "timm"):  # the retries are told once, in the error
+            return timm.create_model(name, pretrained=True, **args)  # type: ignore[no-any-return]
     except Exception as error:
         raise IlmconvertError(
             f"could not load the pretrained weights of {name!r}: {_brief(error)}. Check the connection, or download "
             "the file yourself and give it with --checkpoint FILE"
         ) from error
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _factory(name: str) -> Callable[..., Any]:

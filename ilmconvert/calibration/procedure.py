@@ -54,7 +54,8 @@ def calibrate(
     Both networks run in evaluation mode and in lock-step. At each layer, in execution order, weight, bias and gains are
     the least squares of the original norm's output on the layer's own terms (:mod:`ilmconvert.calibration.fitting`);
     the networks then go on from there, so that later layers correct what earlier ones left. A layer that runs several
-    times is fitted to all its visits at once, on the original's activations.
+    times is fitted to all its visits at once, on the original's activations. If the whole is further from the original
+    than the start (by KL, on ``held_out``), the start is what is returned.
 
     Under ``torch.distributed`` each process brings its own batches; sums are added up, and all processes get the same
     result.
@@ -105,15 +106,18 @@ def calibrate(
             run.fit_repeated(walks)
     with Walks(programs, inputs, memory) as walks:
         run.lockstep(walks)
-    similarity = _compare(
-        teacher, student, layers, before, inputs if held_out is None else _Prepared(held_out, teacher)
-    )
+    was, now = _compare(teacher, student, layers, before, inputs if held_out is None else _Prepared(held_out, teacher))
+    worse = not now.kl <= was.kl
+    if worse:
+        _load(layers, before)
     report = CalibrationReport(
         tuple(run.sites),
         left,
         max((site.fit.images // site.visits for site in run.sites), default=0),
         held_out is not None,
-        *similarity,
+        was,
+        was if worse else now,
+        now if worse else None,
         sum(p.numel() for p in student.parameters()) - sum(p.numel() for p in teacher.parameters()),
         walks.spilled,
     )

@@ -38,6 +38,7 @@ class CalibrationReport:
         images: calibration images, of all processes.
         held_out: whether ``before`` and ``after`` are on images that were not used for the fit.
         before, after: the converted model against the original.
+        refused: what the fit gave, if that was further from the original than the start, which was kept then.
         added_parameters: of all ILM layers, over the norms they replaced.
         spilled: batches that had to wait on disk at some time, to keep the budget of memory.
     """
@@ -48,6 +49,7 @@ class CalibrationReport:
     held_out: bool
     before: Similarity
     after: Similarity
+    refused: Similarity | None
     added_parameters: int
     spilled: int
 
@@ -75,6 +77,8 @@ class CalibrationReport:
                 f"    {name:6}  agreement {100 * figure.agreement:.1f} %  top-5 {100 * figure.top5:.1f} %  "
                 f"KL {figure.kl:.2e}  cosine {figure.cosine:.6f}"
             )
+        if self.refused is not None:
+            lines.append(f"  the fit was further from the original (KL {self.refused.kl:.2e}), so the start was kept")
         lines.append(f"  parameters added by the ILM layers: {self.added_parameters:,}")
         if self.degenerate:
             count = sum(len(channels) for channels in self.degenerate.values())

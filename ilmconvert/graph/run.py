@@ -16,6 +16,7 @@ from ilmconvert.graph.inputs import Inputs
 from ilmconvert.graph.meta import MetaMode
 from ilmconvert.graph.tracer import FUNCTIONAL_NORMS
 from ilmconvert.nn import ILMNorm
+from ilmconvert.quiet import quiet
 
 __all__ = ["FunctionalCall", "Run", "record_run"]
 
@@ -115,7 +116,7 @@ def record_run(model: nn.Module, inputs: Inputs, mode: FakeTensorMode | MetaMode
         hooks.append(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
         hooks.append(module.register_forward_hook(leave, always_call=True))
     try:
-        with mode, torch.no_grad(), recorder:
+        with quiet("torch._subclasses.fake_tensor"), mode, torch.no_grad(), recorder:
             inputs.map(mode.from_tensor)(model)
     except Exception as failure:  # a forward pass may raise anything; the reason goes into the report
         error = f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}"

@@ -14,6 +14,7 @@ from ilmconvert.calibration.fitting import Samples, fit_
 from ilmconvert.errors import ModelError, UsageError
 from ilmconvert.nn import ILMNorm
 from tests.calibration.test_lockstep import Untraceable
+from tests.helpers import same_state
 
 
 def trained(model: nn.Module, x: Tensor) -> nn.Module:
@@ -215,3 +216,24 @@ def test_report_is_plain_data() -> None:
     assert data["added_parameters"] == 3 * (3 * 2) + 2 * (8 + 8 + 12) + 3 * 2 + 0 * 0
     assert not data["held_out"]
     assert "3 layers fitted to 48 images" in str(report)
+
+
+def test_a_fit_that_is_further_from_the_original_is_not_kept() -> None:
+    """Fitted to other inputs than it is measured on."""
+    torch.manual_seed(0)
+    original = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(288, 5))
+    original(torch.randn(64, 3, 8, 8))
+    converted = ilmconvert.convert(original.eval()).model
+    strange, usual = 1e4 * torch.randn(1, 2, 3, 8, 8), torch.randn(1, 32, 3, 8, 8)
+    result = ilmconvert.calibrate(original, converted, strange, held_out=usual)
+    assert result.report.refused is not None
+    assert result.report.refused.kl > result.report.before.kl == result.report.after.kl
+    assert "the start was kept" in str(result.report)
+    assert same_state(result.model, converted)
+
+
+def test_batches_that_the_model_cannot_take_are_one_clear_error() -> None:
+    original = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(288, 5))
+    converted = ilmconvert.convert(original, gains=False).model
+    with pytest.raises(UsageError, match=r"without labels .* the first, \(4, 3, 8, 8\), \(4,\), ends in TypeError"):
+        ilmconvert.calibrate(original, converted, [(torch.randn(4, 3, 8, 8), torch.zeros(4))])

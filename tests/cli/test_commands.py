@@ -274,3 +274,13 @@ def test_a_closed_standard_output_is_no_failure() -> None:
     command = [sys.executable, "-m", "ilmconvert", "inspect", "test_resnet"]
     result = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command], capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_inputs_that_do_not_fit_are_told_once(capfd: pytest.CaptureFixture[str]) -> None:
+    Path("narrow.py").write_text(
+        "from torch import nn\ndef net(): return nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8))\n"
+    )
+    assert main(["convert", "narrow:net", "--input-size", "3,224", "--dry-run"]) == 0
+    out, err = capfd.readouterr()
+    assert err == ""
+    assert out.count("could not be run on fake tensors") == 1
