@@ -121,7 +121,9 @@ def _replaced(value: Any, instead: Mapping[nn.Module, nn.Module], depth: int = 3
     if not depth or not isinstance(value, (list, tuple, dict)):
         return value
     if isinstance(value, dict):
-        value.update({k: new for k, old in value.items() if (new := _replaced(old, instead, depth - 1)) is not old})
+        changed = {k: new for k, old in value.items() if (new := _replaced(old, instead, depth - 1)) is not old}
+        if changed:
+            value.update(changed)
         return value
     new = [_replaced(item, instead, depth - 1) for item in value]
     if all(a is b for a, b in zip(new, value, strict=True)):
@@ -146,7 +148,13 @@ def _set_fused_paths_(model: nn.Module) -> None:
             layer.activation_relu_or_gelu = 0 if converted or not known else known[0]
     for encoder in model.modules():
         if isinstance(encoder, nn.TransformerEncoder) and getattr(encoder, "enable_nested_tensor", False):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)
-                probes = [nn.TransformerEncoder(layer, 0) for layer in encoder.layers]
-            encoder.use_nested_tensor = all(probe.use_nested_tensor for probe in probes)
+            encoder.use_nested_tensor = all(map(_takes_nested, encoder.layers))
+
+
+def _takes_nested(layer: nn.Module) -> bool:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the reason why not
+        try:
+            return nn.TransformerEncoder(layer, 0).use_nested_tensor  # type: ignore[arg-type]
+        except AttributeError:  # an attention of the user's own, which torch's kernel does not know either
+            return False
