@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1] / "ilmconvert"
 FLOORS = {
     "errors": 0,
     "collector": 0.5,
+    "quiet": 0.5,
     "jsonable": 0.5,
     "processes": 0.5,
     "metrics": 0.7,
