@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from ilmconvert_cli.opening import open_model, sample_inputs
 from ilmconvert_cli.options import CONVERSION_FIELDS, conversion_options, json_option, model_options
 
 from ilmconvert.errors import PlanError, UsageError
+from ilmconvert.jsonable import to_json
 
 if TYPE_CHECKING:
     from ilmconvert_cli.calibrating import Calibrated
@@ -128,7 +128,7 @@ def _print_result(conversion: Conversion, calibrated: Calibrated | None, output:
 
     if as_json:
         more = {"calibration": calibrated.report.to_dict()} if calibrated else {}
-        click.echo(json.dumps({"output": str(output), **conversion.report.to_dict(), **more}, indent=1))
+        click.echo(to_json({"output": str(output), **conversion.report.to_dict(), **more}))
         return
     print_summary(conversion.report)
     if calibrated:

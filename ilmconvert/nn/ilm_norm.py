@@ -154,13 +154,10 @@ class ILMNorm(nn.Module):
 
     @property
     def affine(self) -> bool:
-        """Whether there is a scale, by the name that Batch, Group and Instance Norm have for it."""
+        """Whether there is a scale; Layer and RMS Norm call it ``elementwise_affine``, the others so."""
         return self.weight is not None
 
-    @property
-    def elementwise_affine(self) -> bool:
-        """Whether there is a scale, by the name that Layer and RMS Norm have for it."""
-        return self.weight is not None
+    elementwise_affine = affine
 
     @property
     def eps(self) -> float | None:

@@ -62,10 +62,9 @@ def small(x: Tensor) -> bool:
 
 
 def _far(mean: Tensor, rstd: Tensor) -> bool:
+    """Or there is a NaN among them, whose loss of digits the other instances must not share."""
     ratio = mean * rstd
-    return (
-        not (ratio * ratio).sum().item() <= _FAR
-    )  # nor with a NaN among them, which the other instances must not feel
+    return not (ratio * ratio).sum().item() <= _FAR
 
 
 def group_norm(

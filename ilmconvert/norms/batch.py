@@ -82,7 +82,7 @@ class Batch(NormHandler):
             spatial_ndim=_spatial(module),
             has_act=has_act(module),
             preserves=False,
-            fixed_statistics=_statistics(module, 1, self.eps_of(module)) is not None,
+            fixed_statistics=_running(module) is not None,
         )
 
     def affine(self, module: nn.Module, num_groups: int) -> tuple[Tensor | None, Tensor | None]:
@@ -116,13 +116,18 @@ class Batch(NormHandler):
             layer.shift_gain.copy_(a * reach)
 
 
+def _running(module: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """Running mean and variance, if the norm keeps them."""
+    mean, var = getattr(module, "running_mean", None), getattr(module, "running_var", None)
+    return (mean, var) if isinstance(mean, Tensor) and isinstance(var, Tensor) else None
+
+
 def _statistics(module: nn.Module, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
     """The slope ``a``, the group's expected deviation and mean, and the running mean, each per channel in float64."""
-    mean, var = getattr(module, "running_mean", None), getattr(module, "running_var", None)
-    if not isinstance(mean, Tensor) or not isinstance(var, Tensor):
+    if (running := _running(module)) is None:
         return None
     gamma = getattr(module, "weight", None)
-    mean, var = mean.detach().double(), var.detach().double()
+    mean, var = (t.detach().double() for t in running)
     a = (1.0 if gamma is None else gamma.detach().double()) * torch.rsqrt(var + eps)
     known = (mean.isfinite() & var.isfinite()).view(groups, -1)  # a broken channel must not spoil the others
 

@@ -140,3 +140,18 @@ def test_an_outlier_in_the_corner_costs_no_digits(mean: float, corner: float) ->
     exact = [t.float() for t in run(layer.double(), layer, x.double())]
     for found, expected in zip(run(compiled, layer.float(), x), exact, strict=True):
         assert relative(found, expected) < 2e-5
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")
+def test_inductor_joins_the_passes_over_tokens() -> None:
+    """Forward, sum and variance of a key group are one loop; backward, a token's sums and its gradient are."""
+    from torch._inductor import config, metrics
+
+    layer = speaking(ILMNorm(768, standardization=Standardization(layout="token")))
+    x = torch.randn(2, 32, 768, requires_grad=True)
+    torch._dynamo.reset()
+    metrics.reset()
+    with config.patch(force_disable_caches=True):
+        torch.compile(layer)(x).sum().backward()
+    assert [loop.inner_kernel_number for loop in metrics.cpp_outer_loop_fused_inner_counts] == [2, 2]
