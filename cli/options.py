@@ -9,12 +9,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
+
+from ilmconvert.errors import UsageError
 
 __all__ = [
     "CONVERSION_FIELDS",
     "Number",
     "calibration_options",
     "conversion_options",
+    "given",
+    "held_out_once",
     "input_size_option",
     "json_option",
     "model_arg_option",
@@ -87,6 +92,21 @@ class KeyValue(click.ParamType):  # type: ignore[type-arg]
             return key, json.loads(text)
         except ValueError:
             return key, text
+
+
+def given(context: click.Context, *names: str) -> list[str]:
+    """Those of a command's options that the user gave, as they are written."""
+    return [
+        option.opts[0]
+        for option in context.command.params
+        if option.name in names and context.get_parameter_source(option.name) is ParameterSource.COMMANDLINE
+    ]
+
+
+def held_out_once(context: click.Context) -> None:
+    """Refuse a share to hold out beside images of their own, which would leave it without a meaning."""
+    if len(both := given(context, "held_out", "held_out_images")) == 2:
+        raise UsageError(f"expected {' or '.join(both)}, got both")
 
 
 def _all(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:

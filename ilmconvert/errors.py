@@ -9,6 +9,7 @@
     ├── ModelError                           the model cannot be converted as it stands
     ├── PlanError                            a plan does not fit the model it is applied to
     └── CheckpointError                      a file or a saved folder cannot be read or does not fit
+        └── NotFoundError      exit code 2   there is none at that path (also a UsageError)
 
 Each message states what was expected, what was found, where, and what to do next.
 """
@@ -19,6 +20,7 @@ __all__ = [
     "CheckpointError",
     "IlmconvertError",
     "ModelError",
+    "NotFoundError",
     "OutputExistsError",
     "PlanError",
     "UnknownModelError",
@@ -56,3 +58,7 @@ class PlanError(IlmconvertError):
 
 class CheckpointError(IlmconvertError):
     """A checkpoint or a saved conversion cannot be read, or does not fit the model."""
+
+
+class NotFoundError(CheckpointError, UsageError):
+    """A path that was given holds no checkpoint, or no saved conversion."""

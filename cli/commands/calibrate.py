@@ -10,6 +10,7 @@ import click
 from ilmconvert_cli.opening import open_teacher
 from ilmconvert_cli.options import (
     calibration_options,
+    held_out_once,
     input_size_option,
     json_option,
     teacher_options,
@@ -32,7 +33,10 @@ from ilmconvert.jsonable import to_json
 @trust_factory_option
 @input_size_option
 @json_option
+@click.pass_context
 def calibrate(
+    context: click.Context,
+    /,
     folder: Path,
     images: Path,
     output: Path | None,
@@ -56,6 +60,7 @@ def calibrate(
     from ilmconvert.checkpoint import save
     from ilmconvert.checkpoint.folder import check_target
 
+    held_out_once(context)
     if output is None and not force:
         raise OutputExistsError(f"expected --output OUT, or --force to replace {str(folder)!r} itself")
     target = output or folder

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 from ilmconvert_cli.calibrating import calibrate_conversion
 from ilmconvert_cli.opening import open_model, sample_inputs
-from ilmconvert_cli.options import CONVERSION_FIELDS, conversion_options, json_option, model_options
+from ilmconvert_cli.options import CONVERSION_FIELDS, conversion_options, given, json_option, model_options
 
 from ilmconvert.errors import PlanError, UsageError
 from ilmconvert.jsonable import to_json
@@ -99,13 +98,8 @@ def _read_plan(file: Path, context: click.Context) -> Plan:
     """The plan in a file; it already holds the answers that the conversion options would give."""
     import ilmconvert
 
-    given = [
-        f"--{name.replace('_', '-')}"
-        for name in CONVERSION_FIELDS
-        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
-    ]
-    if given:
-        raise UsageError(f"expected --plan alone, got {', '.join(given)} too; the plan already decides that: edit it")
+    if more := given(context, *CONVERSION_FIELDS):
+        raise UsageError(f"expected --plan alone, got {', '.join(more)} too; the plan already decides that: edit it")
     try:
         return ilmconvert.Plan.from_json(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, PlanError) as error:

@@ -75,7 +75,7 @@ def diff(
     from ilmconvert_cli.writing import check_file, write_file
 
     form = _format(form, output)
-    _check_options(form, output, unfold, summary, block)
+    _check_options(form, output, force, unfold, summary, block)
     if output is not None:
         check_file(output, force=force)  # before any work is done
     pair = open_pair(a, b, pretrained=pretrained, model_args=model_args, trust_factory=trust_factory)
@@ -99,7 +99,9 @@ def _format(form: str | None, output: Path | None) -> str:
     return endings[output.suffix.lower()]
 
 
-def _check_options(form: str, output: Path | None, unfold: bool, summary: bool, block: str | None) -> None:
+def _check_options(form: str, output: Path | None, force: bool, unfold: bool, summary: bool, block: str | None) -> None:
+    if force and output is None:
+        raise UsageError("expected --force with --output FILE, which it replaces")
     if (unfold or summary) and form != "text":
         raise UsageError(f"expected --all and --summary with --format text, got {form}")
     if unfold and summary:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from ilmconvert_cli.opening import open_teacher
 from ilmconvert_cli.options import (
+    held_out_once,
     input_size_option,
     json_option,
     recovery_options,
@@ -53,7 +54,10 @@ if TYPE_CHECKING:
 @trust_factory_option
 @input_size_option
 @json_option
+@click.pass_context
 def recover(
+    context: click.Context,
+    /,
     folder: Path,
     images: Path,
     output: Path,
@@ -80,6 +84,7 @@ def recover(
     from ilmconvert.checkpoint.folder import check_target
     from ilmconvert.training.records import need_matplotlib
 
+    held_out_once(context)
     check_target(output, force=force)  # before any work is done
     need_matplotlib()
     run = _run_folder(output, resume=resume, force=force)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -71,6 +70,7 @@ def survey(
     from ilmconvert_cli.writing import check_file, write_file
 
     from ilmconvert.errors import UsageError
+    from ilmconvert.jsonable import to_json
     from ilmconvert.survey import SurveyOptions, coverage_page, is_page, run_survey
 
     replace = markdown is not None and (force or is_page(markdown))
@@ -91,7 +91,7 @@ def survey(
         write_file(markdown, coverage_page(log), force=replace)
     if as_json:
         for record in log.records:
-            click.echo(json.dumps(record.to_dict()))
+            click.echo(to_json(record.to_dict(), indent=None))
     else:
         print_survey(log)
     context.exit(1 if any(r.status in ("failed", "lost") for r in log.records) else 0)

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from ilmconvert.checkpoint.card import model_card
 from ilmconvert.checkpoint.weights import check_keys
 from ilmconvert.conversion import Conversion
-from ilmconvert.errors import CheckpointError, IlmconvertError, OutputExistsError, PlanError
+from ilmconvert.errors import CheckpointError, IlmconvertError, NotFoundError, OutputExistsError, PlanError
 from ilmconvert.plan import Plan
 from ilmconvert.report import Report
 from ilmconvert.rewrite import rewrite
@@ -59,6 +59,8 @@ WEIGHTS, NORMS, CONFIG, PLAN, CARD = (
     "README.md",
 )
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_KINDS = {"architecture": str, "factory": str, "model_args": dict}  # where config.json has them
+_JSON = {str: "a string", dict: "an object"}
 RECORDS = ("calibration.json", "recover.csv", "recover.json", "recover.jsonl", "recover.png")
 FILES = (WEIGHTS, NORMS, CONFIG, PLAN, CARD, *RECORDS)
 
@@ -151,7 +153,8 @@ def load(path: str | Path, *, model: nn.Module | None = None, trust_factory: boo
             with folders you trust: any importable function can be named.
 
     Raises:
-        CheckpointError: not a saved conversion, a damaged one, or weights that do not fit.
+        NotFoundError: no saved conversion.
+        CheckpointError: a damaged one, or weights that do not fit.
         PlanError: ``model`` is not what the plan was made for.
     """
     return load_conversion(path, model=model, trust_factory=trust_factory).model
@@ -162,7 +165,7 @@ def load_conversion(path: str | Path, *, model: nn.Module | None = None, trust_f
     folder = Path(path)
     if not is_saved(folder):
         found = "a folder without them" if folder.is_dir() else "a file" if folder.exists() else "nothing"
-        raise CheckpointError(
+        raise NotFoundError(
             f"expected a folder saved by ilmconvert (with {CONFIG} and {PLAN}) at {str(folder)!r}, found {found}; "
             "`ilmconvert convert MODEL --output FOLDER` and `conversion.save(FOLDER)` make one"
         )
@@ -317,6 +320,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"expected format_version {FORMAT_VERSION} under 'ilmconvert' in {str(folder / CONFIG)!r}, got {ours!r}; "
             "it may come from a newer release"
         )
+    for values in (config, ours):
+        for name, kind in _KINDS.items():
+            if not isinstance(values.get(name, kind()), kind):
+                raise CheckpointError(
+                    f"expected {name!r} in {str(folder / CONFIG)!r} to be {_JSON[kind]}, got {values[name]!r}"
+                )
     return config
 
 

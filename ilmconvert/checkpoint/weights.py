@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ilmconvert.errors import CheckpointError
+from ilmconvert.errors import CheckpointError, NotFoundError
 
 __all__ = ["check_keys", "load_weights", "read_state_dict"]
 
@@ -19,12 +19,13 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     EMA entries are found, the prefixes of DataParallel and torch.compile are removed.
 
     Raises:
-        CheckpointError: no such file, an unreadable one, or one that holds no tensors by name.
+        NotFoundError: no such file.
+        CheckpointError: an unreadable one, or one that holds no tensors by name.
     """
     file = Path(path)
     if not file.is_file():
         found = "a folder" if file.is_dir() else "none" if not file.exists() else "no regular file"
-        raise CheckpointError(f"expected a checkpoint file at {str(file)!r}, found {found}")
+        raise NotFoundError(f"expected a checkpoint file at {str(file)!r}, found {found}")
     from timm.models import load_state_dict
 
     try:

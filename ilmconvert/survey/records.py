@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ilmconvert.errors import CheckpointError, PlanError
-from ilmconvert.jsonable import from_data
+from ilmconvert.jsonable import from_data, to_json
 
 __all__ = ["Log", "Record", "Session", "append", "read_log"]
 
@@ -150,7 +150,7 @@ def append(file: Path, entries: Iterable[Record | Session]) -> None:
     with file.open("a+b") as out:
         _cut_torn_line(out)
         for entry in entries:
-            out.write(json.dumps(entry.to_dict()).encode() + b"\n")
+            out.write(to_json(entry.to_dict(), indent=None).encode() + b"\n")
         out.flush()
         os.fsync(out.fileno())
 

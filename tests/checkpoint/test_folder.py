@@ -214,6 +214,12 @@ def drop_key(folder: Path) -> None:
     save_file(state, folder / "model.safetensors")
 
 
+def edit(folder: Path, **values: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["ilmconvert"] |= values
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -223,6 +229,8 @@ def drop_key(folder: Path) -> None:
         (lambda f: (f / "config.json").write_text("[]"), "expected a JSON object"),
         (lambda f: (f / "config.json").write_text('{"ilmconvert": []}'), "expected format_version 1"),
         (lambda f: (f / "config.json").write_text('{"ilmconvert": {"format_version": 99}}'), "from a newer release"),
+        (lambda f: edit(f, factory=5), "expected 'factory' in .* to be a string, got 5"),
+        (lambda f: edit(f, model_args=[]), r"expected 'model_args' in .* to be an object, got \[\]"),
         (lambda f: (f / "config.json").unlink(), "expected a folder saved by ilmconvert"),
         (lambda f: (f / "original_norms.safetensors").write_bytes(b"no"), "the original norms in .* cannot be read"),
     ],

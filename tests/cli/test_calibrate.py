@@ -90,13 +90,18 @@ def test_converts_and_calibrates_at_once(place: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["calibrate", "nothing", "--images", "images", "-o", "out"], 1, "expected a folder saved by ilmconvert"),
+        (["calibrate", "nothing", "--images", "images", "-o", "out"], 2, "expected a folder saved by ilmconvert"),
         (["calibrate", "ilm", "--images", "nothing", "-o", "out"], 2, "expected a folder of images at 'nothing'"),
         (["calibrate", "ilm", "--images", "images", "-o", "images"], 2, "expected a new folder"),
         (["calibrate", "ilm", "--images", "images", "-o", "out", "--held-out", "1"], 2, "--held-out"),
         (["calibrate", "ilm", "--images", "images", "-o", "out", "--held-out", "nan"], 2, "expected a finite number"),
         (["calibrate", "ilm", "--images", "images", "-o", "out", "--memory", "nan"], 2, "expected a finite number"),
         (["calibrate", "ilm", "--images", "images", "-o", "out", "--input-size", "1,32,32"], 2, "(3, H, W) for images"),
+        (
+            ["calibrate", "ilm", "--images", "images", "-o", "out", "--held-out", "0.2", "--held-out-images", "images"],
+            2,
+            "expected --held-out or --held-out-images, got both",
+        ),
         (
             ["convert", "test_vit", "--calibrate", "images", "-o", "out"],
             2,

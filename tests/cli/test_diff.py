@@ -79,6 +79,7 @@ def test_output_by_its_ending(capsys: Output, name: str, start: str) -> None:
         (["-o", ".", "--format", "html"], "expected a file to write, got the folder"),
         (["--all", "--format", "json"], "expected --all and --summary with --format text"),
         (["--all", "--summary"], "got both"),
+        (["--force"], "expected --force with --output FILE"),
         (["--block", "stem"], "expected --block with --format svg or png"),
         (["--format", "png"], "expected --output FILE with --format png"),
         (["--limit", "2"], "expected --limit with --numerics"),

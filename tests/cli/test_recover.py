@@ -68,6 +68,7 @@ def test_a_trained_folder_needs_its_teacher(capsys: Output) -> None:
     assert main(["recover", "trained", "-o", "out", "--teacher", "trained", *arguments]) == 1
     assert main(["recover", "trained", "-o", "out", "--teacher", "ilm", *arguments]) == 0
     assert main(["recover", "trained", "-o", "b", "--teacher-checkpoint", "x", *arguments]) == 2
+    assert main(["recover", "ilm", "-o", "b", "--held-out", "0.1", "--held-out-images", "images", *arguments]) == 2
     assert main(["recover", "ilm", "-o", "frozen", "--freeze", *arguments]) == 0
     assert same_state(ilmconvert.load_conversion("frozen").original(), ilmconvert.load_conversion("ilm").revert())
     assert main(["recover", "frozen", "-o", "more", *arguments]) == 0  # its original can be had from it
