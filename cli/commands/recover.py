@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,26 +128,34 @@ def _run_folder(output: Path, *, resume: bool, force: bool) -> Path:
 def _alone(run: Path, *, main: bool) -> Iterator[None]:
     """Refuse a run that another process works on, and say how an interrupted one goes on.
 
-    The lock is the operating system's and goes with the process, however that ends; where there is none (Windows), two
-    processes on one run are not noticed.
+    Where the operating system has no such locks (Windows), two processes on one run are not noticed.
     """
-    name = hashlib.sha256(str(run).encode()).hexdigest()[:16]
-    try:
-        with (Path(tempfile.gettempdir()) / f"ilmconvert-{name}.lock").open("w") as lock:
-            if main and importlib.util.find_spec("fcntl") is not None:
-                import fcntl
-
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError as error:
-                    raise OutputExistsError(
-                        f"expected {str(run)!r} for itself, but another process works on it"
-                    ) from error
+    known = main and importlib.util.find_spec("fcntl") is not None
+    with _locked(run) if known else nullcontext():
+        try:
             yield
-    except KeyboardInterrupt:
-        if main and run.exists():
-            click.echo(f"The run is kept in {run}; it goes on with --resume.", err=True)
-        raise
+        except KeyboardInterrupt:
+            if main and run.exists():
+                click.echo(f"The run is kept in {run}; it goes on with --resume.", err=True)
+            raise
+
+
+@contextmanager
+def _locked(run: Path) -> Iterator[None]:
+    """Hold a lock that goes with the process, however that ends."""
+    import fcntl
+
+    name = hashlib.sha256(str(run).encode()).hexdigest()[:16]
+    file = Path(tempfile.gettempdir()) / f"ilmconvert-{name}.lock"
+    with file.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputExistsError(f"expected {str(run)!r} for itself, but another process works on it") from error
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
 
 
 def _reset_classifier(model: nn.Module, images: Path, labels: bool) -> None:

@@ -111,7 +111,12 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(capsys: Output) -> None
     assert not Path("broken.run").exists()
 
 
-def test_a_run_belongs_to_one_process(capsys: Output) -> None:
+def test_a_run_belongs_to_one_process(
+    capsys: Output, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary = tmp_path_factory.mktemp("temporary")
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setattr("tempfile.tempdir", None)  # looked up anew
     convert()
     arguments = ["recover", "ilm", "--images", "images", *QUICK, "-o", "out"]
     command = [sys.executable, "-m", "ilmconvert", *arguments, "--steps", "100000", "--evaluate-every", "2"]
@@ -125,6 +130,7 @@ def test_a_run_belongs_to_one_process(capsys: Output) -> None:
     _, err = process.communicate()
     assert process.returncode == 1
     assert "it goes on with --resume" in err
+    assert not list(temporary.glob("*.lock"))
 
 
 def test_a_run_that_diverged_is_told_in_strict_json(capsys: Output) -> None:
