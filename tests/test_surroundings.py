@@ -136,3 +136,18 @@ def test_converting_in_place_keeps_handles_and_storages() -> None:
     model(torch.randn(2, 4))
     assert seen == [1]
     model[0].bias.data.resize_(16)  # as quantization-aware training does
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+def test_what_changes_every_linear_leaves_the_predictors_alone() -> None:
+    model = timm.create_model("test_vit", num_classes=10).eval()
+    converted = ilmconvert.convert(model).model
+    x = torch.randn(2, 3, 160, 160)
+    quantized = [torch.ao.quantization.quantize_dynamic(m, {nn.Linear}, torch.qint8) for m in (model, converted)]
+    assert relative(quantized[0](x), quantized[1](x)) < 1e-5
+    for module in converted.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight)
+    assert all(
+        not layer.predictor.scale_decoder.weight.any() for layer in converted.modules() if isinstance(layer, ILMNorm)
+    )

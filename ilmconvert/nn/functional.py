@@ -75,6 +75,9 @@ class Standardization:
         output: the dtype returned. ``input``: the input's. ``native``: the same, but under autocast what torch's own
             kernel for the layout returns. ``promoted``: the common dtype of input and weight, as norms return that
             are written out as tensor arithmetic.
+
+    Raises:
+        ValueError: a root mean square of what is centered.
     """
 
     layout: Layout = "sample"
@@ -84,6 +87,10 @@ class Standardization:
     eps: float | None = 1e-5
     unbatched_ndim: int | None = None
     output: Literal["native", "input", "promoted"] = "native"
+
+    def __post_init__(self) -> None:
+        if self.center and self.scale_by == "rms":
+            raise ValueError("Standardization expected center=False with scale_by='rms', got center=True")
 
     @property
     def reduced(self) -> tuple[int, ...]:

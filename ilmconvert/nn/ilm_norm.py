@@ -178,8 +178,7 @@ class ILMNorm(nn.Module):
         if self.mode == "preserve":
             self.predictor.silence()
         else:
-            for linear in (self.predictor.encoder, self.predictor.scale_decoder, self.predictor.shift_decoder):
-                linear.reset_parameters()
+            self.predictor.reset_parameters()
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (torch's norms call it so, and may be called by keyword)
         """Normalize ``input``."""

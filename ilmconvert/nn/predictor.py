@@ -27,6 +27,24 @@ from ilmconvert.nn.functional import key_features, predict
 __all__ = ["MetaPredictor"]
 
 
+class _Matrix(nn.Module):
+    """A weight ``(rows, columns)``.
+
+    It is no ``nn.Linear``, so that whatever quantizes, adapts or initializes every Linear of a network leaves it alone.
+    """
+
+    def __init__(self, rows: int, columns: int, device: torch.device | None, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, columns, device=device, dtype=dtype))
+
+
+@torch.no_grad()
+def _init(weight: Tensor) -> None:
+    """Initialize a weight ``(..., columns)`` as ``nn.Linear`` does."""
+    bound = 1 / math.sqrt(weight.shape[-1])
+    nn.init.uniform_(weight, -bound, bound)
+
+
 class MetaPredictor(nn.Module):
     """Predict per-key-group corrections of scale and shift.
 
@@ -72,12 +90,18 @@ class MetaPredictor(nn.Module):
             )
         self.num_blocks = num_blocks
         keys, hidden = num_key_groups // num_blocks, hidden_features // num_blocks
-        self.encoder = nn.Linear(keys, hidden_features, bias=False, device=device, dtype=dtype)
-        self.scale_decoder = nn.Linear(hidden, num_key_groups, bias=False, device=device, dtype=dtype)
-        self.shift_decoder = nn.Linear(hidden, num_key_groups, bias=False, device=device, dtype=dtype)
+        self.encoder = _Matrix(hidden_features, keys, device, dtype)
+        self.scale_decoder = _Matrix(num_key_groups, hidden, device, dtype)
+        self.shift_decoder = _Matrix(num_key_groups, hidden, device, dtype)
         shape = (2, num_key_groups)
         for name, make in (("key_center", torch.zeros), ("key_scale", torch.ones)):
             self.register_buffer(name, make(shape, device=device, dtype=dtype) if standardized_keys else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start as the authors' layers do."""
+        for matrix in (self.encoder, self.scale_decoder, self.shift_decoder):
+            _init(matrix.weight)
 
     @torch.no_grad()
     def silence(self) -> None:
@@ -88,7 +112,7 @@ class MetaPredictor(nn.Module):
         """
         weight = self._blocks(self.encoder)
         half = weight.new_empty(len(weight), math.ceil(weight.shape[1] / 2), weight.shape[2])
-        nn.init.uniform_(half, -1 / math.sqrt(weight.shape[2]), 1 / math.sqrt(weight.shape[2]))  # nn.Linear's own
+        _init(half)
         weight.copy_(torch.cat([half, -half], 1)[:, : weight.shape[1]])
         nn.init.zeros_(self.scale_decoder.weight)
         nn.init.zeros_(self.shift_decoder.weight)
@@ -114,8 +138,8 @@ class MetaPredictor(nn.Module):
         self._blocks(self.scale_decoder)[..., : 2 * keys] = 2 * pairs.T
         self._blocks(self.shift_decoder)[..., : 2 * keys] = pairs.T
 
-    def _blocks(self, linear: nn.Linear) -> Tensor:
-        return linear.weight.view(self.num_blocks, -1, linear.in_features)
+    def _blocks(self, matrix: _Matrix) -> Tensor:
+        return matrix.weight.view(self.num_blocks, -1, matrix.weight.shape[1])
 
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
         """Encoder, scale decoder, shift decoder."""
