@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +19,12 @@ class Report:
     Attributes:
         plan: the decisions.
         parameters: parameters of the original model.
+        untrained: paths of converted norms that had the running statistics of an untrained network.
     """
 
     plan: Plan
     parameters: int
+    untrained: tuple[str, ...] = ()
 
     @property
     def converted(self) -> tuple[Decision, ...]:
@@ -50,12 +53,14 @@ class Report:
 
     @property
     def start(self) -> str:
-        """How the converted model starts, in a sentence; empty if its function has changed."""
+        """How the converted model starts, in a sentence; empty if that is not what it computed before."""
         if not self.converted or any(not d.keeps_function for d in self.converted):
             return ""
         batch = sum(not d.preserves for d in self.converted)
         if not batch:
             return "the converted model starts with the original's outputs"
+        if len(self.untrained) == batch:  # there is no function to be close to
+            return ""
         return (
             "the converted model starts close to the original's outputs in evaluation: "
             f"{plural(batch, 'norm')} with batch statistics became layers whose predictors apply the running ones to "
@@ -69,8 +74,14 @@ class Report:
         idle = [d.path for d in self.converted if d.site.calls == 0]
         notes = self.plan.notes
         if idle:
-            several = f"{', '.join(idle[:3])}{' and more' if len(idle) > 3 else ''}"
-            notes = (f"{plural(len(idle), 'norm')} did not run in the model's current mode: {several}", *notes)
+            notes = (f"{plural(len(idle), 'norm')} did not run in the model's current mode: {_some(idle)}", *notes)
+        if self.untrained:
+            notes = (
+                f"{plural(len(self.untrained), 'norm')} with the running statistics of an untrained network "
+                f"({_some(self.untrained)}): load trained weights before the conversion (--pretrained or --checkpoint "
+                "on the command line), or train what comes out of it",
+                *notes,
+            )
         if not changed:
             return notes
         if all(d.target and d.target.mode == "paper" for d in changed):
@@ -103,6 +114,7 @@ class Report:
             "added_parameters": self.added_parameters,
             "added_percent": round(self.added_percent, 4),
             "adjusted": {d.path: list(d.notes) for d in self.converted if d.notes},
+            "untrained": list(self.untrained),
             "untraced": self.plan.untraced,
             "warnings": list(self.warnings),
         }
@@ -117,6 +129,10 @@ class Report:
         lines += [f"  parameters added: {self.added_parameters:,} ({self.added_percent:.2f} %)"]
         lines += [f"  {self.start}"] if self.start else []
         return "\n".join([*lines, *(f"  warning: {w}" for w in self.warnings)])
+
+
+def _some(paths: Sequence[str]) -> str:
+    return f"{', '.join(paths[:3])}{' and more' if len(paths) > 3 else ''}"
 
 
 def plural(number: int, noun: str) -> str:

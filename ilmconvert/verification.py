@@ -19,7 +19,9 @@ from ilmconvert.graph.shadow import copy_model
 from ilmconvert.graph.sites import find_sites, norm_paths
 from ilmconvert.nn import ILMNorm
 from ilmconvert.norms import Entry, find
+from ilmconvert.norms.batch import is_untrained
 from ilmconvert.probing import fill_zeros_, immovable_layers, instead_of_forward, layers_read_around, moves
+from ilmconvert.report import plural
 
 __all__ = ["Check", "Verification", "relative_difference", "verify"]
 
@@ -96,6 +98,8 @@ def verify(
         raise UsageError(f"expected a tolerance of at least 0, got {tolerance}")
     passed = difference <= tolerance if exact else None
     wanted = f"at most {tolerance:g} asked" if exact else "equality is not expected of batch statistics or mode paper"
+    if untrained := sum(map(is_untrained, original.modules())):
+        wanted += f"; {plural(untrained, 'norm')} with the running statistics of an untrained network"
     if any(t.is_floating_point() and t.numel() and not t.isfinite().any() for t in before):
         checks.append(Check("outputs", False, "the original's own are not finite, so there is nothing to compare"))
     else:

@@ -174,8 +174,17 @@ def test_report_says_what_it_costs_and_what_changed() -> None:
     assert not report.exact
     assert report.added_parameters == 3 * 2 * 1 + 2 * 16 + 3 * 2 * 2
     assert report.parameters == sum(p.numel() for p in small_cnn().parameters())
-    assert report.warnings == ()
-    assert "1 norm with batch statistics became" in report.start
+    (warning,) = report.warnings
+    assert "1 norm with the running statistics of an untrained network (1): load" in warning
+    assert (report.untrained, report.start) == (("1",), "")
+    model = small_cnn()
+    model[1].running_var.fill_(2.0)
+    trained = ilmconvert.convert(model, example_inputs=IMAGE).report
+    assert (trained.untrained, trained.warnings) == ((), ())
+    assert "1 norm with batch statistics became" in trained.start
+    paper = ilmconvert.convert(small_cnn(), example_inputs=IMAGE, mode="paper").report
+    assert paper.untrained == ()
+    assert ilmconvert.inspect(small_cnn().to("meta"), example_inputs=IMAGE).untrained == ()
     plain = ilmconvert.convert(small_cnn(), example_inputs=IMAGE, gains=False).report
     assert "1 norm used batch statistics" in plain.warnings[0]
     assert plain.start == ""

@@ -33,11 +33,14 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
 from ilmconvert.nn import ILMNorm
 from ilmconvert.nn.functional import Standardization
 from ilmconvert.norms.registry import NormHandler, has_act, register
 from ilmconvert.norms.spec import NormSpec
+
+__all__ = ["is_untrained"]
 
 REACH = 64.0  # in units of the expected deviation; measured in benchmarks/start.py
 _SPATIAL = {"BatchNorm2d": 2, "BatchNormAct2d": 2, "FrozenBatchNorm2d": 2, "FrozenBatchNormAct2d": 2, "BatchNorm3d": 3}
@@ -114,6 +117,14 @@ class Batch(NormHandler):
         if layer.scale_gain is not None and layer.shift_gain is not None:
             layer.scale_gain.copy_(2 * a * reach)
             layer.shift_gain.copy_(a * reach)
+
+
+def is_untrained(module: nn.Module) -> bool:
+    """Whether running statistics are as before any training; those of meta tensors are not known to be."""
+    if (running := _running(module)) is None or running[0].is_meta or is_fake(running[0]):
+        return False
+    mean, var = running
+    return not mean.any() and bool((var == 1).all())
 
 
 def _running(module: nn.Module) -> tuple[Tensor, Tensor] | None:

@@ -57,7 +57,9 @@ def test_predictor_undoes_the_instances_statistics(groups: int, blocks: int | No
 
 
 def test_without_running_statistics_the_function_changes_and_that_is_said() -> None:
-    for norm, kept in ((nn.BatchNorm2d(8), True), (nn.BatchNorm2d(8, track_running_stats=False), False)):
+    trained = nn.BatchNorm2d(8)
+    trained.running_mean.fill_(0.5)
+    for norm, kept in ((trained, True), (nn.BatchNorm2d(8, track_running_stats=False), False)):
         report = ilmconvert.inspect(nn.Sequential(nn.Conv2d(3, 8, 3), norm), example_inputs=torch.randn(2, 3, 8, 8))
         assert report.to_dict()["keeps_function"] is kept
         assert bool(report.start) is kept
