@@ -160,7 +160,7 @@ def _decide(site: Site, options: ConvertOptions, shapes_known: bool) -> Decision
     if refusal is None and site.spec is not None:
         target, notes = _target(site.spec, site.input_shapes, options)
         if target is not None:
-            unused = site.calls == 0 and shapes_known
+            unused = site.idle and shapes_known
             notes += ("it does not run in the model's current mode",) if unused else ()
             return Decision(site, "convert", target, notes=notes)
         refusal = Refusal("single-value", "each instance has a single value here, which standardizes to zero")

@@ -71,7 +71,7 @@ class Report:
     def warnings(self) -> tuple[str, ...]:
         """What the user must know before relying on the converted model."""
         changed = [d for d in self.converted if not d.keeps_function]
-        idle = [d.path for d in self.converted if d.site.calls == 0]
+        idle = [d.path for d in self.converted if d.site.idle]
         notes = self.plan.notes
         if idle:
             notes = (f"{plural(len(idle), 'norm')} did not run in the model's current mode: {_some(idle)}", *notes)

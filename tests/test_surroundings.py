@@ -151,3 +151,20 @@ def test_what_changes_every_linear_leaves_the_predictors_alone() -> None:
     assert all(
         not layer.predictor.scale_decoder.weight.any() for layer in converted.modules() if isinstance(layer, ILMNorm)
     )
+
+
+def test_a_norm_run_by_its_bound_method_is_no_idle_one() -> None:
+    class Bound(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.LayerNorm(8)
+            self.call = self.norm.forward
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.call(x)
+
+    x = torch.randn(3, 8)
+    conversion = ilmconvert.convert(Bound(), example_inputs=x)
+    assert conversion.report.warnings == ()
+    nn.init.constant_(conversion.model.norm.bias, 2.0)
+    assert torch.allclose(conversion.model(x), nn.functional.layer_norm(x, (8,)) + 2, atol=1e-6)

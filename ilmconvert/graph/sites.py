@@ -78,6 +78,11 @@ class Site:
         return f"{self.owner}.{self.call.child}" if self.owner else self.call.child
 
     @property
+    def idle(self) -> bool:
+        """Whether it is known not to run, by a call of the module or of a function on its parameters."""
+        return self.calls == 0 and not self.read_by
+
+    @property
     def class_name(self) -> str:
         """The class's short name."""
         return self.norm.rsplit(".", 1)[-1]
