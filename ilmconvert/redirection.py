@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ilmconvert.errors import PlanError
 from ilmconvert.graph.calls import FoundCall, as_module, find_calls
+from ilmconvert.graph.mentions import read_attributes
 from ilmconvert.graph.owner import redirect_, restore_
 from ilmconvert.graph.shadow import shadow
 from ilmconvert.graph.tracer import TraceError
@@ -81,9 +82,10 @@ def redirect_calls_(model: nn.Module, plan: Plan, layers: Mapping[str, nn.Module
     """Put the layers of functional norms into their owners, whose forwards then call them.
 
     A tensor that only the calls used has moved into the layer; its old name stays, empty, so that the order of names
-    survives an undo. Calls on the parameters of a norm module that became a layer run that layer.
+    survives an undo. One that other code reads stays there too. Calls on the parameters of a norm module that became a
+    layer run that layer.
     """
-    owned = _of_owners(plan)
+    owned, readers = _of_owners(plan), _readers(model)
     for owner_path, children in _children(plan).items():
         owner, decisions = get_module(model, owner_path), owned.get(owner_path, [])
         for decision in decisions:
@@ -94,8 +96,25 @@ def redirect_calls_(model: nn.Module, plan: Plan, layers: Mapping[str, nn.Module
             raise PlanError(f"expected the forward of {owner_path!r} to be as planned, but: {error}") from error
         for decision in decisions:
             for path in decision.site.call.tensors.values() if decision.site.call else ():
-                if path not in used:
+                if path not in used and not _read_by_others(owner, path, readers):
                     _set(owner, path, None)
+
+
+def _readers(model: nn.Module) -> dict[tuple[nn.Module, str], list[nn.Module]]:
+    """By module and attribute, the modules whose code takes it from outside."""
+    readers: dict[tuple[nn.Module, str], list[nn.Module]] = {}
+    for module in model.modules():
+        for child, name in read_attributes(module):
+            if (home := module._modules.get(child)) is not None:
+                readers.setdefault((home, name), []).append(module)
+    return readers
+
+
+def _read_by_others(owner: nn.Module, path: str, readers: Mapping[tuple[nn.Module, str], list[nn.Module]]) -> bool:
+    """Whether other code than the owner's uses a tensor: that of a reader, or of the module that holds it."""
+    home = owner.get_submodule(path.rpartition(".")[0])
+    runs = home is not owner and type(home).forward is not nn.Module.forward
+    return runs or any(reader is not owner for reader in readers.get((home, path.rpartition(".")[2]), ()))
 
 
 def _children(plan: Plan) -> dict[str, dict[str, str]]:

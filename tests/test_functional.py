@@ -311,3 +311,69 @@ def test_mention_that_does_not_run_is_none() -> None:
 
     for given in (torch.randn(TOKENS), None):
         assert ilmconvert.inspect(nn.Sequential(Never(), nn.LayerNorm(C)), example_inputs=given).skipped == ()
+
+
+class Child(nn.Module):
+    """A norm function on parameters that others use too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.b = nn.Parameter(torch.rand(C) + 0.5), nn.Parameter(torch.randn(C))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, (C,), self.w, self.b)
+
+
+class Holder(Child):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.w + self.b
+
+
+class Parent(nn.Module):
+    def __init__(self, child: nn.Module) -> None:
+        super().__init__()
+        self.child = child
+
+
+class ReadsTheChilds(Parent):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.child(x) * self.child.w  # type: ignore[no-any-return]
+
+
+class NormsWithTheChilds(Parent):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(self.child(x), (C,), self.child.w, self.child.b)
+
+
+@pytest.mark.parametrize(
+    ("model", "norms", "stays"),
+    [
+        (ReadsTheChilds(Child()), 1, {"child.w"}),
+        (NormsWithTheChilds(Child()), 2, {"child.w", "child.b"}),
+        (NormsWithTheChilds(Holder()), 1, {"child.w", "child.b"}),
+    ],
+    ids=["read by the parent", "used by the parent's own norm", "the holder runs too"],
+)
+def test_tensors_that_other_code_uses_stay_where_they_are(model: nn.Module, norms: int, stays: set[str]) -> None:
+    x = torch.randn(3, C)
+    conversion = ilmconvert.convert(model, example_inputs=x)
+    assert len(conversion.report.converted) == norms
+    assert relative(model(x), conversion.model(x)) < 1e-6
+    assert {name for name in conversion.model.state_dict() if name in ("child.w", "child.b")} == stays
+    assert same_state(model, conversion.revert())
+    model(x).sum().backward()
+    copy.deepcopy(conversion.model)(x).sum().backward()
+    conversion.model(x).sum().backward()
+    assert relative(model.child.w.grad, conversion.model.child.w.grad) < 1e-5
+
+
+def test_calls_in_a_graph_module_are_left_since_its_code_comes_from_its_graph() -> None:
+    module = nn.Sequential(Child(), nn.LayerNorm(C), nn.Dropout()).eval()
+    traced = torch.fx.symbolic_trace(module).eval()
+    conversion = ilmconvert.convert(traced, example_inputs=torch.randn(3, C))
+    assert [(d.norm, d.code) for d in conversion.report.skipped] == [("layer_norm", "functional")]
+    assert len(conversion.report.converted) == 1
+    assert not any(m.training for m in conversion.model.modules())  # deepcopy alone makes it train
+    x = torch.randn(3, C)
+    assert torch.equal(copy.deepcopy(conversion.model).eval()(x), traced(x))
+    assert torch.equal(conversion.revert()(x), module(x))

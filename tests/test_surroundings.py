@@ -97,6 +97,27 @@ def test_a_class_with_tensors_of_its_own_is_left() -> None:
     assert "importance" in (report.skipped[0].reason or "")
 
 
+class Called(nn.LayerNorm):
+    def __call__(self, x: Tensor, scale: float = 1.0) -> Tensor:  # type: ignore[override]
+        return super().__call__(x) * scale  # type: ignore[no-any-return]
+
+
+class Predicting(nn.LayerNorm):
+    """Its scale is predicted by a module of its own."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, elementwise_affine=False)
+        self.predict = nn.Linear(1, channels, bias=False)
+
+    weight = property(lambda self: self.predict.weight[:, 0], lambda self, value: None)
+
+
+@pytest.mark.parametrize(("norm", "code"), [(Called(8), "custom-forward"), (Predicting(8), "own-tensors")])
+def test_a_class_that_computes_more_is_left(norm: nn.Module, code: str) -> None:
+    report = ilmconvert.inspect(nn.Sequential(nn.Linear(8, 8), norm), example_inputs=torch.randn(2, 8))
+    assert [(d.path, d.code) for d in report.skipped] == [("1", code)]
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("exclude", [(), ("layers.0.*",)])
 def test_an_encoder_makes_no_nested_tensors_for_converted_layers(exclude: tuple[str, ...]) -> None:

@@ -128,6 +128,8 @@ def _described(
     owner: str, module: nn.Module, found: FoundCall, shapes: Shapes | None, how: str, run: Run, reads: str | None
 ) -> FunctionalNorm:
     refusal = found.refusal
+    if refusal is None and isinstance(module, fx.GraphModule):
+        refusal = Refusal("functional", "a GraphModule makes the call: convert the model before torch.fx traces it")
     if refusal is None and owner in run.unusual:
         refusal = Refusal("functional", "its module is called with other values than the defaults of its parameters")
     channels = shapes[0][1] if shapes and len(shapes[0]) > 1 else None

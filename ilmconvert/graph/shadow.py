@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parameter import is_lazy
 
@@ -91,6 +91,7 @@ def _deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     try:
         _copy_modules(model, memo)
         result: nn.Module = copy.deepcopy(model, memo)
+        _copy_modes(model, result)
     except Exception as error:
         raise ModelError(
             f"expected a model that copy.deepcopy can copy, got {type(model).__name__}, which fails with: {error}. "
@@ -117,6 +118,16 @@ def _copy_modules(model: nn.Module, memo: dict[int, Any]) -> None:
             memo[id(module)], states[module] = type(module).__new__(type(module)), state
     for module in reversed(states):  # children first
         memo[id(module)].__setstate__({name: _copied(value, memo) for name, value in states[module].items()})
+
+
+def _copy_modes(model: nn.Module, result: nn.Module) -> None:
+    """Copies of GraphModules come in training mode, whatever mode they had."""
+    copies = dict(result.named_modules())
+    for path, module in model.named_modules():
+        if isinstance(module, fx.GraphModule):
+            for name, part in module.named_modules(prefix=path):
+                if name in copies:  # what the graph does not use is not copied
+                    copies[name].training = part.training
 
 
 def _plain_state(module: nn.Module) -> dict[str, Any] | None:

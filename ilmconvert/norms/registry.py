@@ -75,6 +75,7 @@ Handler = TypeVar("Handler", bound=type[NormHandler])
 
 _TABLE: dict[str, Entry | Refusal] = {}
 _TENSORS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+_PARTS = ("drop.", "act.", "parametrizations.")  # modules of a norm that its layer takes over
 _NEVER_NORMS = ("WeightNorm", "SpectralNorm")  # parametrizations of weights, not of activations
 
 
@@ -156,16 +157,18 @@ def find(module: nn.Module) -> Entry | Refusal | None:
 
 
 def _accept(module: nn.Module, cls: type, entry: Entry) -> Entry | Refusal:
-    if type(module).forward is not cls.forward or "forward" in vars(module):  # type: ignore[attr-defined]
+    own_call = type(module).__call__ is not nn.Module.__call__
+    if own_call or type(module).forward is not cls.forward or "forward" in vars(module):  # type: ignore[attr-defined]
         return Refusal(
             "custom-forward",
-            f"{type(module).__name__} overrides the forward of {cls.__name__}, so what it computes is not known; "
-            "register the class with ilmconvert.norms.register to convert it",
+            f"{type(module).__name__} overrides the {'call' if own_call else 'forward'} of {cls.__name__}, so what it "
+            "computes is not known; register the class with ilmconvert.norms.register to convert it",
         )
     computed = [name for name in ("weight", "bias") if isinstance(vars(module).get(name), Tensor)]
     if computed or (hasattr(module, "parametrizations") and not _movable(module, entry.handler)):
         return Refusal("parametrized", "its weight or bias is computed (parametrized, pruned or weight-normalized)")
     own = {name for name, t in (*module._parameters.items(), *module._buffers.items()) if t is not None} - _TENSORS
+    own |= {name for name, _ in module.named_parameters() if "." in name and not name.startswith(_PARTS)}
     if own and (type(module) is not cls or cls.__module__.startswith("torch.")):
         return Refusal(
             "own-tensors",
