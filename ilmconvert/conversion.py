@@ -250,8 +250,11 @@ def apply_plan(model: nn.Module, plan: Plan, *, progress: Progress | None = None
     """Carry out a plan made earlier, edited or not, on the model it was made for or one built alike.
 
     Raises:
+        UsageError: no plan.
         PlanError: the plan does not fit the model.
     """
+    if not isinstance(plan, Plan):
+        raise UsageError(f"expected a Plan (Plan.from_json reads one), got {type(plan).__name__}")
     return _carry_out(model, Report(plan, _size(model)), progress)
 
 

@@ -76,8 +76,12 @@ class ConvertOptions:
         """An options value from one, or from keyword fields.
 
         Raises:
-            UsageError: both are given, or a keyword is not an option.
+            UsageError: both are given, a keyword is not an option, or ``options`` is something else.
         """
+        if not isinstance(options, (ConvertOptions, type(None))):
+            raise UsageError(
+                f"expected ConvertOptions, or options by keyword (bn_to='group', example_inputs=x), got {options!r:.80}"
+            )
         known = [f.name for f in fields(cls)]
         if wrong := sorted(set(fields_) - set(known)):
             raise UsageError(f"expected options among {', '.join(known)}; got {', '.join(wrong)}")

@@ -123,10 +123,10 @@ def immovable_layers(model: nn.Module, layers: Layers, inputs: Inputs) -> list[s
         weight.requires_grad_(True)
     with torch.enable_grad():
         total = sum((t.float() * _noise(t)).sum() for t in _tensors(inputs(model)) if t.requires_grad)
-        grads = (
-            torch.autograd.grad(total, list(decoders.values()), allow_unused=True) if isinstance(total, Tensor) else ()
-        )
-    moved = {n.strip() for n, g in zip(decoders, grads, strict=False) if g is not None and bool((g != 0).any())}
+        if isinstance(total, Tensor):
+            total.backward()  # a reentrant checkpoint takes no autograd.grad
+    moved = {n.strip() for n, w in decoders.items() if w.grad is not None and bool((w.grad != 0).any())}
+    model.zero_grad(set_to_none=True)
     return [n for n in layers if n not in moved and not _stirs(model, layers[n], inputs)]
 
 

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten
 
 from ilmconvert.errors import IlmconvertError, UsageError
 from ilmconvert.graph import Inputs, example_inputs
+from ilmconvert.graph.inputs import first_tensor
 from ilmconvert.graph.shadow import copy_model
 from ilmconvert.graph.sites import find_sites, norm_paths
 from ilmconvert.nn import ILMNorm
@@ -77,7 +78,7 @@ def verify(
         tolerance: largest difference allowed, relative to the largest output.
 
     Raises:
-        UsageError: no inputs are known.
+        UsageError: no inputs are known, or what is given is no model with values.
 
     Example:
         >>> import ilmconvert, torch
@@ -85,6 +86,8 @@ def verify(
         >>> ilmconvert.verify(model, ilmconvert.convert(model).model, torch.randn(3, 8)).passed
         True
     """
+    for model in (original, converted):
+        _check_model(model)
     inputs = _inputs(original, example_inputs)
     checks = [_modes(original, converted), _norms_left(converted)]
     exact = not _inexact(original, converted, inputs)
@@ -105,7 +108,7 @@ def verify(
     else:
         checks.append(Check("outputs", passed, f"relative difference {difference:.2e} ({wanted})"))
     checks += _around(original, probe, inputs)
-    checks += [_training(copy_model(converted), inputs, batch) for batch in ("as given", "one sample")]
+    checks += [_training(original, converted, inputs, batch) for batch in ("as given", "one sample")]
     return Verification(tuple(checks), difference)
 
 
@@ -134,6 +137,14 @@ def _difference(x: Tensor, y: Tensor) -> float:
         return 0.0
     x, y = x[finite], y[finite]
     return ((x - y).abs().max() / x.abs().max().clamp_min(1e-30)).item()
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        hint = "; give its model" if isinstance(getattr(model, "model", None), nn.Module) else ""
+        raise UsageError(f"expected a torch.nn.Module, got {type(model).__name__}{hint}")
+    if (tensor := first_tensor(model)) is not None and tensor.is_meta:
+        raise UsageError(f"expected a {type(model).__name__} with values to compare, got one on the meta device")
 
 
 def _inputs(model: nn.Module, given: Any) -> Inputs:
@@ -281,22 +292,41 @@ def _called(model: nn.Module, names: set[str], inputs: Inputs) -> set[str]:
     return called
 
 
-def _training(model: nn.Module, inputs: Inputs, batch: str) -> Check:
-    """Forward and backward in training mode, at the given batch size or with one sample."""
+def _training(original: nn.Module, converted: nn.Module, inputs: Inputs, batch: str) -> Check:
+    """Forward and backward in training mode, at the given batch size or with one sample.
+
+    What the original cannot do (a norm left in it needs more than one sample), the conversion need not either.
+    """
     name = f"training, {batch}"
     if batch == "one sample":
         inputs = _first_sample(inputs)
     try:
-        loss = sum(t.float().square().mean() for t in _tensors(inputs(model.train())) if t.requires_grad)
-        if isinstance(loss, Tensor):
-            loss.backward()
+        grads = _gradients(converted, inputs)
     except Exception as error:
-        return Check(name, False, f"{type(error).__name__}: {str(error)[:200]}")
-    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        told = f"{type(error).__name__}: {str(error)[:200]}"
+        alike = not _trains(original, inputs)
+        return Check(name, None if alike else False, f"the original fails too: {told}" if alike else told)
     bad = [n for n, g in grads.items() if not torch.isfinite(g).all()]
     return Check(
         name, not bad, f"gradients of {len(grads)} parameters finite" if not bad else f"not finite: {_some(bad)}"
     )
+
+
+def _gradients(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
+    """Those of (a copy of) a model's parameters in training mode."""
+    model = copy_model(model).train()
+    loss = sum(t.float().square().mean() for t in _tensors(inputs(model)) if t.requires_grad)
+    if isinstance(loss, Tensor):
+        loss.backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def _trains(model: nn.Module, inputs: Inputs) -> bool:
+    try:
+        _gradients(model, inputs)
+    except Exception:  # whatever it is: the conversion's own error is told
+        return False
+    return True
 
 
 def _first_sample(inputs: Inputs) -> Inputs:

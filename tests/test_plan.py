@@ -110,6 +110,7 @@ def test_filters(fields: dict, converted: list[str] | str) -> None:
         ({"key_group_size": 0}, "expected key_group_size to be a positive integer, got 0"),
         ({"bn_too": "layer"}, "expected options among .*; got bn_too"),
         ({"options": ConvertOptions(), "gains": True}, "expected options or keyword fields, got both"),
+        ({"options": {"gains": True}}, "expected ConvertOptions, or options by keyword .*, got {'gains': True}"),
     ],
 )
 def test_wrong_options_are_usage_errors(fields: dict, message: str) -> None:
@@ -117,8 +118,13 @@ def test_wrong_options_are_usage_errors(fields: dict, message: str) -> None:
         ilmconvert.inspect(small_cnn(), **fields)
 
 
+def test_only_plans_are_applied() -> None:
+    with pytest.raises(UsageError, match=r"expected a Plan \(Plan.from_json reads one\), got str"):
+        ilmconvert.apply_plan(small_cnn(), ilmconvert.inspect(small_cnn()).plan.to_json())
+
+
 def test_round_trip_is_exact() -> None:
-    for model in (small_cnn(), Functional(), timm.create_model("test_efficientnet")):
+    for model in (small_cnn(), nn.GroupNorm(2, 4, eps=1), Functional(), timm.create_model("test_efficientnet")):
         plan = ilmconvert.inspect(model, bn_to="group", group_size=8, gains=True).plan
         again = Plan.from_json(plan.to_json())
         assert again == plan

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
+import pytest
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import ilmconvert
+from ilmconvert.errors import UsageError
 from ilmconvert.verification import relative_difference
 from tests.helpers import randomize_norms, same_state
 from tests.models import Bypass, small_cnn
@@ -102,3 +106,46 @@ def test_nothing_is_said_of_outputs_that_are_not_finite() -> None:
     result = ilmconvert.verify(model, ilmconvert.convert(model).model, torch.randn(2, 4))
     assert not result.passed
     assert next(c for c in result.checks if c.name == "outputs").passed is False
+
+
+class Checkpointed(nn.Module):
+    """Its norm runs in a reentrant checkpoint, which knows no ``autograd.grad``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(8, 8), nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return checkpoint(self.norm, y, use_reentrant=True) if self.training else self.norm(y)  # type: ignore[no-any-return]
+
+
+def test_reentrant_checkpoints() -> None:
+    model, x = Checkpointed(), torch.randn(3, 8)
+    found = checks(model, ilmconvert.convert(model).model, x)
+    assert found["layers move the output"].detail == "1 of 1 can"
+    assert all(check.passed is not False for check in found.values())
+
+
+def test_what_the_original_cannot_do_is_no_failure_of_the_conversion() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.LayerNorm(8)), torch.randn(3, 8)
+    converted = ilmconvert.convert(model, exclude="1").model
+    assert ilmconvert.verify(model, converted, x).passed
+    alone = checks(model, converted, x)["training, one sample"]
+    assert (alone.passed, alone.detail[:40]) == (None, "the original fails too: ValueError: Expe")
+    converted[2].register_forward_pre_hook(lambda module, args: 1 / 0 if module.training else None)
+    assert checks(model, converted, x)["training, as given"].passed is False
+
+
+@pytest.mark.parametrize(
+    ("give", "message"),
+    [
+        (lambda model: ilmconvert.convert(model), "expected a torch.nn.Module, got Conversion; give its model"),
+        (lambda model: "resnet18", "expected a torch.nn.Module, got str$"),
+        (lambda model: copy.deepcopy(model).to("meta"), "expected a Sequential with values to compare"),
+    ],
+)
+def test_what_is_no_model_with_values_is_refused(give: Callable[[nn.Module], object], message: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+    with pytest.raises(UsageError, match=message):
+        ilmconvert.verify(model, give(model), torch.randn(2, 8))

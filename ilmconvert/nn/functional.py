@@ -91,6 +91,8 @@ class Standardization:
     def __post_init__(self) -> None:
         if self.center and self.scale_by == "rms":
             raise ValueError("Standardization expected center=False with scale_by='rms', got center=True")
+        if self.eps is not None:
+            object.__setattr__(self, "eps", float(self.eps))
 
     @property
     def reduced(self) -> tuple[int, ...]:
