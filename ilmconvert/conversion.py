@@ -170,8 +170,10 @@ def inspect(
         >>> [(d.path, d.norm, d.action) for d in report.plan.decisions]
         [('1', 'BatchNorm2d', 'convert')]
     """
-    if not isinstance(model, nn.Module):
-        raise UsageError(f"expected a torch.nn.Module, got {model!r}; build it first (timm.create_model(name))")
+    given: object = model
+    if not isinstance(given, nn.Module):
+        got = repr(given) if isinstance(given, (str, type)) else type(given).__name__
+        raise UsageError(f"expected a torch.nn.Module, got {got}; build it first (timm.create_model(name))")
     wanted = ConvertOptions.of(options, fields)
     search = find_sites(model, resolve_inputs(model, example_inputs, make=torch.empty))
     plan = make_plan(search, wanted, type(model).__name__)

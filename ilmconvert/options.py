@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -57,8 +58,7 @@ class ConvertOptions:
 
     def __post_init__(self) -> None:
         for name in ("include", "exclude", "norms", "skip_norms"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+            object.__setattr__(self, name, _strings(name, getattr(self, name)))
         _one_of("bn_to", self.bn_to, get_args(BatchTarget))
         _one_of("mode", self.mode, get_args(Mode))
         for name in ("num_groups", "group_size", "key_group_size", "reduction"):
@@ -80,7 +80,8 @@ class ConvertOptions:
         """
         if not isinstance(options, (ConvertOptions, type(None))):
             raise UsageError(
-                f"expected ConvertOptions, or options by keyword (bn_to='group', example_inputs=x), got {options!r:.80}"
+                "expected ConvertOptions, or options by keyword (bn_to='group', example_inputs=x), got "
+                f"{type(options).__name__}"
             )
         known = [f.name for f in fields(cls)]
         if wrong := sorted(set(fields_) - set(known)):
@@ -93,6 +94,13 @@ class ConvertOptions:
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise UsageError(f"expected {name} to be one of {', '.join(allowed)}; got {value!r}")
+
+
+def _strings(name: str, value: object) -> tuple[str, ...]:
+    values = (value,) if isinstance(value, str) else value
+    if not isinstance(values, Iterable) or not all(isinstance(v, str) for v in values):
+        raise UsageError(f"expected {name} to be a string or several, got {value!r}")
+    return tuple(values)
 
 
 def _positive(name: str, value: object) -> None:

@@ -377,3 +377,13 @@ def test_calls_in_a_graph_module_are_left_since_its_code_comes_from_its_graph() 
     x = torch.randn(3, C)
     assert torch.equal(copy.deepcopy(conversion.model).eval()(x), traced(x))
     assert torch.equal(conversion.revert()(x), module(x))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_norms_of_an_exported_program_are_in_the_report() -> None:
+    model = nn.Sequential(nn.Conv2d(3, C, 1), nn.BatchNorm2d(C), nn.GroupNorm(4, C), nn.LayerNorm(5), nn.RMSNorm(5))
+    x = torch.randn(2, 3, 6, 5)
+    exported = torch.export.export(model.eval(), (x,)).module()
+    report = ilmconvert.inspect(exported, example_inputs=x)
+    assert [d.norm for d in report.skipped] == ["batch_norm", "group_norm", "layer_norm", "rms_norm"]
+    assert report.converted == ()

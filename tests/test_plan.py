@@ -110,7 +110,9 @@ def test_filters(fields: dict, converted: list[str] | str) -> None:
         ({"key_group_size": 0}, "expected key_group_size to be a positive integer, got 0"),
         ({"bn_too": "layer"}, "expected options among .*; got bn_too"),
         ({"options": ConvertOptions(), "gains": True}, "expected options or keyword fields, got both"),
-        ({"options": {"gains": True}}, "expected ConvertOptions, or options by keyword .*, got {'gains': True}"),
+        ({"exclude": ["1", 2]}, r"expected exclude to be a string or several, got \['1', 2\]"),
+        ({"norms": None}, "expected norms to be a string or several, got None"),
+        ({"options": {"gains": True}}, "expected ConvertOptions, or options by keyword .*, got dict"),
     ],
 )
 def test_wrong_options_are_usage_errors(fields: dict, message: str) -> None:

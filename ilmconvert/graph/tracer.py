@@ -25,6 +25,11 @@ FUNCTIONAL_NORMS: dict[Callable[..., Any], str] = {
     )
     if hasattr(module, name)
 }
+FUNCTIONAL_NORMS |= {  # torch's functions as an exported program calls them, with the same arguments
+    getattr(torch.ops.aten, name.rpartition(".")[2]).default: name
+    for name in FUNCTIONAL_NORMS.values()
+    if name.count(".") == 1 and hasattr(torch.ops.aten, name.rpartition(".")[2])
+}
 
 
 class TraceError(Exception):
