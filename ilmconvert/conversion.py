@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,6 @@ from ilmconvert.graph.inputs import first_tensor
 from ilmconvert.graph.shadow import copied_together, copy_model
 from ilmconvert.graph.tracer import TraceError, trace
 from ilmconvert.nn import ILMNorm, ILMNormAct
-from ilmconvert.norms.batch import is_untrained
 from ilmconvert.options import ConvertOptions
 from ilmconvert.plan import Plan, make_plan
 from ilmconvert.redirection import get_module, put_calls_back_
@@ -178,7 +177,7 @@ def inspect(
     search = find_sites(model, resolve_inputs(model, example_inputs, make=torch.empty))
     plan = make_plan(search, wanted, type(model).__name__)
     norms = {d.path: get_module(model, d.path) for d in plan.converted if d.site.call is None}
-    return Report(plan, _size(model), _untrained(plan, norms))
+    return Report.of(plan, _size(model), norms)
 
 
 def convert(
@@ -272,18 +271,12 @@ def _carry_out(model: nn.Module, report: Report, progress: Progress | None, *, i
 
     with torch.inference_mode(False):  # inference tensors could not be trained
         converted, originals = rewrite(model, report.plan, in_place=in_place, on_site=step)
-    report = replace(report, untrained=_untrained(report.plan, originals))
-    return Conversion(converted, report, originals, Source.of(model), _fingerprint(converted))
+    told = Report.of(report.plan, report.parameters, originals)
+    return Conversion(converted, told, originals, Source.of(model), _fingerprint(converted))
 
 
 def _size(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
-
-
-def _untrained(plan: Plan, norms: Mapping[str, nn.Module]) -> tuple[str, ...]:
-    """The norms whose statistics are to be kept, although there is nothing in them yet."""
-    kept = [d.path for d in plan.converted if d.target is not None and d.target.mode == "preserve"]
-    return tuple(path for path in kept if path in norms and is_untrained(norms[path]))
 
 
 def _fingerprint(model: nn.Module) -> str | None:

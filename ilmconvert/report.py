@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
+from ilmconvert.norms.batch import is_untrained
 from ilmconvert.plan import Decision, Plan
 
 __all__ = ["Report", "describe_target", "plural"]
@@ -25,6 +28,12 @@ class Report:
     plan: Plan
     parameters: int
     untrained: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, plan: Plan, parameters: int, norms: Mapping[str, nn.Module]) -> Report:
+        """The account of a plan; ``norms`` are those to convert, by path."""
+        kept = [d.path for d in plan.converted if d.target is not None and d.target.mode == "preserve"]
+        return cls(plan, parameters, tuple(path for path in kept if path in norms and is_untrained(norms[path])))
 
     @property
     def converted(self) -> tuple[Decision, ...]:

@@ -175,7 +175,7 @@ def load_conversion(path: str | Path, *, model: nn.Module | None = None, trust_f
     converted, originals = rewrite(original, plan)
     _load_strictly(converted, folder / WEIGHTS)
     _restore_norms(originals, folder / NORMS)
-    report = Report(plan, sum(p.numel() for p in original.parameters()))
+    report = Report.of(plan, sum(p.numel() for p in original.parameters()), originals)
     return Conversion(converted.eval(), report, originals, _source(config), config["ilmconvert"].get("fingerprint"))
 
 
