@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
+from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -118,6 +120,12 @@ def _replaced(value: Any, instead: Mapping[nn.Module, nn.Module], depth: int = 3
     """A module's stand-in, and containers with theirs: lists and dicts themselves, others rebuilt where they differ."""
     if isinstance(value, nn.Module):
         return instead.get(value, value)
+    if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module) and value.__self__ in instead:
+        return getattr(instead[value.__self__], value.__name__, value)
+    if isinstance(value, partial):
+        parts = value.func, value.args, value.keywords
+        function, args, keywords = new = _replaced(parts, instead)
+        return value if new is parts else partial(function, *args, **keywords)
     if not depth or not isinstance(value, (list, tuple, dict)):
         return value
     if isinstance(value, dict):

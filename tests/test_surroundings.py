@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 
 import pytest
 import timm
@@ -16,15 +17,17 @@ from tests.helpers import relative
 
 
 class Held(nn.Module):
-    """Norms that are registered, and called through a list and a tuple in a dict."""
+    """Norms that are registered, and called through a list, a tuple in a dict, a partial and a bound method."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second = nn.GroupNorm(1, 4), nn.GroupNorm(2, 4)
+        self.third, self.fourth = nn.GroupNorm(4, 4), nn.GroupNorm(1, 4)
         self.norms, self.table = [self.first], {"late": (self.second,)}
+        self.partial, self.method = partial(self.third), self.fourth.forward
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.table["late"][0](self.norms[0](x))
+        return self.method(self.partial(self.table["late"][0](self.norms[0](x))))  # type: ignore[no-any-return]
 
 
 class Reading(nn.Module):
@@ -70,12 +73,16 @@ def test_a_norm_held_in_plain_containers_too_is_replaced_there() -> None:
     converted = conversion.model
     assert converted.norms[0] is converted.first
     assert converted.table["late"][0] is converted.second
-    assert isinstance(converted.first, ILMNorm)
-    assert isinstance(converted.second, ILMNorm)
+    assert converted.partial.func is converted.third
+    assert converted.method.__self__ is converted.fourth
+    assert sum(isinstance(m, ILMNorm) for m in converted.children()) == 4
+    assert ilmconvert.verify(model, converted, x).passed
     assert relative(converted(x), model(x)) < 1e-6
     reverted = conversion.revert()
     assert reverted.norms[0] is reverted.first
-    assert isinstance(reverted.first, nn.GroupNorm)
+    assert reverted.partial.func is reverted.third
+    assert reverted.method.__self__ is reverted.fourth
+    assert all(isinstance(m, nn.GroupNorm) for m in reverted.children())
     assert model.table["late"][0] is model.second
     assert isinstance(model.second, nn.GroupNorm)
 
