@@ -27,7 +27,7 @@ from ilmconvert.nn.functional import key_features, predict
 __all__ = ["MetaPredictor"]
 
 
-class _Matrix(nn.Module):
+class Matrix(nn.Module):
     """A weight ``(rows, columns)``.
 
     It is no ``nn.Linear``, so that whatever quantizes, adapts or initializes every Linear of a network leaves it alone.
@@ -36,6 +36,10 @@ class _Matrix(nn.Module):
     def __init__(self, rows: int, columns: int, device: torch.device | None, dtype: torch.dtype | None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(rows, columns, device=device, dtype=dtype))
+
+    def extra_repr(self) -> str:
+        """Its sizes."""
+        return f"{self.weight.shape[0]}, {self.weight.shape[1]}"
 
 
 @torch.no_grad()
@@ -90,9 +94,9 @@ class MetaPredictor(nn.Module):
             )
         self.num_blocks = num_blocks
         keys, hidden = num_key_groups // num_blocks, hidden_features // num_blocks
-        self.encoder = _Matrix(hidden_features, keys, device, dtype)
-        self.scale_decoder = _Matrix(num_key_groups, hidden, device, dtype)
-        self.shift_decoder = _Matrix(num_key_groups, hidden, device, dtype)
+        self.encoder = Matrix(hidden_features, keys, device, dtype)
+        self.scale_decoder = Matrix(num_key_groups, hidden, device, dtype)
+        self.shift_decoder = Matrix(num_key_groups, hidden, device, dtype)
         shape = (2, num_key_groups)
         for name, make in (("key_center", torch.zeros), ("key_scale", torch.ones)):
             self.register_buffer(name, make(shape, device=device, dtype=dtype) if standardized_keys else None)
@@ -138,7 +142,7 @@ class MetaPredictor(nn.Module):
         self._blocks(self.scale_decoder)[..., : 2 * keys] = 2 * pairs.T
         self._blocks(self.shift_decoder)[..., : 2 * keys] = pairs.T
 
-    def _blocks(self, matrix: _Matrix) -> Tensor:
+    def _blocks(self, matrix: Matrix) -> Tensor:
         return matrix.weight.view(self.num_blocks, -1, matrix.weight.shape[1])
 
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
