@@ -24,7 +24,7 @@ class Branches(NamedTuple):
     Attributes:
         features: what they were shown, ``(2, M, K)``, see :func:`ilmconvert.nn.functional.key_features`.
         decoders: as they were applied, see :func:`ilmconvert.nn.functional.joined_decoders`.
-        hidden: the embeddings, ``(2, M, e)``.
+        hidden: the embeddings, ``(2, e, M)``.
         decoded: ``2 D_scale - 1`` and ``D_shift``, ``(2, M, K)``.
     """
 
@@ -64,20 +64,20 @@ def _tanh_backward(d_scale: Tensor, d_shift: Tensor, decoded: Tensor) -> Tensor:
 
 def _decoders_backward(d: Tensor, hidden: Tensor, decoders: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of the embeddings and of both decoders."""
-    blocks = hidden.shape[2] // decoders.shape[2]
+    blocks = hidden.shape[1] // decoders.shape[2]
     if blocks == 1:
-        return torch.bmm(d, decoders), torch.bmm(hidden.mT, d).mT  # with many instances, far faster than its transpose
-    d, hidden = (t.unflatten(2, (blocks, -1)) for t in (d, hidden))
-    d_hidden = torch.einsum("nmbo,nboi->nmbi", d, decoders.unflatten(1, (blocks, -1)))
-    return d_hidden.flatten(2), torch.einsum("nmbo,nmbi->nboi", d, hidden).flatten(1, 2)
+        return torch.bmm(decoders.mT, d.mT), torch.bmm(hidden, d).mT
+    d, hidden = d.unflatten(2, (blocks, -1)), hidden.unflatten(1, (blocks, -1))
+    d_hidden = torch.einsum("nmbo,nboi->nbim", d, decoders.unflatten(1, (blocks, -1)))
+    return d_hidden.flatten(1, 2), torch.einsum("nmbo,nbim->nboi", d, hidden).flatten(1, 2)
 
 
 def _encoder_backward(d: Tensor, features: Tensor, encoder: Tensor, share: float) -> tuple[Tensor, Tensor]:
     """Gradients of the features, times ``share``, and of the encoder."""
     blocks = features.shape[2] // encoder.shape[1]
     if blocks == 1:
-        d_features = torch.baddbmm(features, d, encoder.expand(2, -1, -1), beta=0, alpha=share)
-        return d_features, torch.bmm(d.mT, features).sum(0)
-    d, features = (t.unflatten(2, (blocks, -1)) for t in (d, features))
-    d_features = torch.einsum("nmbo,boi->nmbi", d, (encoder * share).unflatten(0, (blocks, -1)))
-    return d_features.flatten(2).contiguous(), torch.einsum("nmbo,nmbi->boi", d, features).flatten(0, 1)
+        d_features = torch.baddbmm(features, d.mT, encoder.expand(2, -1, -1), beta=0, alpha=share)
+        return d_features, torch.bmm(d, features).sum(0)
+    d, features = d.unflatten(1, (blocks, -1)), features.unflatten(2, (blocks, -1))
+    d_features = torch.einsum("nbom,boi->nmbi", d, (encoder * share).unflatten(0, (blocks, -1)))
+    return d_features.flatten(2).contiguous(), torch.einsum("nbom,nmbi->boi", d, features).flatten(0, 1)

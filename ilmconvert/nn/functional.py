@@ -116,11 +116,13 @@ def _channel_dim(ndim: int, layout: Layout, shape: tuple[int, ...]) -> int:
 
 
 def check_shape(x: Tensor, layout: Layout, shape: tuple[int, ...]) -> None:
-    """Raise unless ``x`` has the channels that the layer was made for.
+    """Raise unless ``x`` has the channels that the layer was made for, of floating-point values.
 
     Raises:
         ValueError: it does not.
     """
+    if not x.is_floating_point():
+        raise ValueError(f"ILMNorm expected a floating-point input, got {x.dtype}")
     at = _channel_dim(x.ndim, layout, shape)
     if x.ndim <= at or at < 0 or tuple(x.shape[at : at + len(shape)]) != shape:
         where = "in its last dimensions" if layout == "token" else "in dimension 1"
@@ -210,16 +212,17 @@ def decode(
         tanh: the activation, for a path that has a faster one.
 
     Returns:
-        The embeddings ``(2, M, e)``, and ``2 D_scale - 1`` and ``D_shift``: ``(2, M, K)``.
+        The embeddings ``(2, e, M)``, which for many instances makes far faster matrix products than their transpose,
+        and ``2 D_scale - 1`` and ``D_shift``: ``(2, M, K)``.
     """
     blocks = features.shape[2] // encoder.shape[1]
     if blocks == 1:
-        hidden = torch.relu(torch.bmm(features, encoder.mT.expand(2, -1, -1)))
-        return hidden, tanh(torch.bmm(hidden, decoders.mT))
+        hidden = torch.relu(torch.bmm(encoder.expand(2, -1, -1), features.mT))
+        return hidden, tanh(torch.bmm(hidden.mT, decoders.mT))
     cut = encoder.unflatten(0, (blocks, -1))
-    hidden = torch.relu(torch.einsum("nmbi,boi->nmbo", features.unflatten(2, (blocks, -1)), cut))
-    z = torch.einsum("nmbi,nboi->nmbo", hidden, decoders.unflatten(1, (blocks, -1)))
-    return hidden.flatten(2), tanh(z.flatten(2).contiguous())
+    hidden = torch.relu(torch.einsum("nmbi,boi->nbom", features.unflatten(2, (blocks, -1)), cut))
+    z = torch.einsum("nbim,nboi->nmbo", hidden, decoders.unflatten(1, (blocks, -1)))
+    return hidden.flatten(1, 2), tanh(z.flatten(2).contiguous())
 
 
 def predict(features: Tensor, meta: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

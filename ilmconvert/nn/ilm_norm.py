@@ -254,7 +254,7 @@ def ilm_norm(x: Tensor, parameters: Parameters, config: Config) -> Tensor:
         config: the layer's constants.
 
     Raises:
-        ValueError: an input with other channels.
+        ValueError: an input with other channels, or of integers.
     """
     how = config.how
     if x.ndim == how.unbatched_ndim:
