@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ilmconvert.errors import PlanError
 from ilmconvert.graph.calls import FoundCall, as_module, find_calls
-from ilmconvert.graph.mentions import read_attributes
+from ilmconvert.graph.mentions import own_reads, read_attributes
 from ilmconvert.graph.owner import redirect_, restore_
 from ilmconvert.graph.shadow import shadow
 from ilmconvert.graph.tracer import TraceError
@@ -100,21 +100,26 @@ def redirect_calls_(model: nn.Module, plan: Plan, layers: Mapping[str, nn.Module
                     _set(owner, path, None)
 
 
-def _readers(model: nn.Module) -> dict[tuple[nn.Module, str], list[nn.Module]]:
-    """By module and attribute, the modules whose code takes it from outside."""
-    readers: dict[tuple[nn.Module, str], list[nn.Module]] = {}
+_Readers = dict[tuple[nn.Module | None, str], list[nn.Module]]
+
+
+def _readers(model: nn.Module) -> _Readers:
+    """By module and attribute, the modules whose code takes it from outside; by None where the code hides of which."""
+    readers: _Readers = {}
     for module in model.modules():
         for child, name in read_attributes(module):
-            if (home := module._modules.get(child)) is not None:
-                readers.setdefault((home, name), []).append(module)
+            if child == "*" or module._modules.get(child) is not None:
+                readers.setdefault((module._modules.get(child), name), []).append(module)
     return readers
 
 
-def _read_by_others(owner: nn.Module, path: str, readers: Mapping[tuple[nn.Module, str], list[nn.Module]]) -> bool:
-    """Whether other code than the owner's uses a tensor: that of a reader, or of the module that holds it."""
-    home = owner.get_submodule(path.rpartition(".")[0])
-    runs = home is not owner and type(home).forward is not nn.Module.forward
-    return runs or any(reader is not owner for reader in readers.get((home, path.rpartition(".")[2]), ()))
+def _read_by_others(owner: nn.Module, path: str, readers: _Readers) -> bool:
+    """Whether other code than the owner's forward uses a tensor: a reader's, its holder's, or another method's."""
+    home, _, name = path.rpartition(".")
+    holder = owner.get_submodule(home)
+    runs = holder is not owner and type(holder).forward is not nn.Module.forward
+    by = [*readers.get((holder, name), ()), *readers.get((None, name), ())]
+    return runs or path.partition(".")[0] in own_reads(owner) or any(reader is not owner for reader in by)
 
 
 def _children(plan: Plan) -> dict[str, dict[str, str]]:

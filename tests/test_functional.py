@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import re
 from collections.abc import Callable
 
 import pytest
@@ -387,3 +388,88 @@ def test_norms_of_an_exported_program_are_in_the_report() -> None:
     report = ilmconvert.inspect(exported, example_inputs=x)
     assert [d.norm for d in report.skipped] == ["batch_norm", "group_norm", "layer_norm", "rms_norm"]
     assert report.converted == ()
+
+
+class Frozen(Child):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = x * 2
+        return super().forward(x)
+
+
+class Undifferentiated(Child):
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class Counting(Child):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+        self.register_buffer("center", torch.ones(C))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+class Averaging(Counting):
+    def forward(self, x: Tensor) -> Tensor:
+        self.center.mul_(0.5)
+        return Child.forward(self, x) - self.center
+
+
+class TwoWays(Child):
+    def features(self, x: Tensor) -> Tensor:
+        return self._features(x)
+
+    def _features(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, (C,), self.w, self.b)
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (Frozen(), "with block"),
+        (Undifferentiated(), "without gradients"),
+        (Counting(), r"\(calls\)"),
+        (Averaging(), "a buffer"),
+        (TwoWays(), "'features'"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_forward_that_a_graph_would_not_repeat_in_full_is_left(model: nn.Module, why: str) -> None:
+    conversion = ilmconvert.convert(nn.Sequential(model), example_inputs=torch.randn(3, C))
+    (decision,) = conversion.report.skipped
+    assert decision.code == "functional"
+    assert re.search(why, decision.reason)
+    assert type(conversion.model[0]) is type(model)
+
+
+class ReadsOfAList(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Child(), Child()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x + self.blocks[0].b
+
+
+class Penalized(Child):
+    def penalty(self) -> Tensor:
+        return self.w.square().sum()
+
+
+@pytest.mark.parametrize("model", [ReadsOfAList(), Penalized()], ids=["an element", "another method"])
+def test_tensors_that_are_read_elsewhere_stay_the_layers_too(model: nn.Module) -> None:
+    x = torch.randn(3, C)
+    conversion = ilmconvert.convert(model, example_inputs=x)
+    assert conversion.report.skipped == ()
+    assert relative(model(x), conversion.model(x)) < 1e-6
+    if isinstance(model, Penalized):
+        conversion.model.penalty().backward()
+        (layer,) = (m for m in conversion.model.modules() if isinstance(m, ILMNorm))
+        assert torch.equal(layer.weight.grad, 2 * model.w)

@@ -15,8 +15,10 @@ from functools import cache
 from itertools import accumulate
 from typing import Any, TypeGuard, cast
 
+import torch
 from torch import Tensor, fx, nn
 
+from ilmconvert.graph.mentions import has_with_block
 from ilmconvert.graph.tracer import FUNCTIONAL_NORMS, TraceError, concrete_defaults, harmless_read
 from ilmconvert.norms import Refusal
 
@@ -80,13 +82,41 @@ class FoundCall:
 
 
 class _OwnerTracer(fx.Tracer):
-    """Follows one forward and none of its children's."""
+    """Follows one forward and none of its children's; refuses to where a graph would lose what the code does."""
 
-    def __init__(self, functions: tuple[Any, ...]) -> None:
-        super().__init__(autowrap_modules=(math,), autowrap_functions=functions, param_shapes_constant=True)
+    def __init__(self) -> None:
+        super().__init__(autowrap_modules=(math,), param_shapes_constant=True)
+        self._surroundings = _surroundings()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """As torch.fx does, which does not write ``with`` blocks and decorators down."""
+        if _surroundings() != self._surroundings:
+            raise TraceError("a part of it runs without gradients or in an autocast of its own, which a trace forgets")
+        return super().create_node(*args, **kwargs)
+
+
+def _surroundings() -> tuple[Any, ...]:
+    """What a context manager or a decorator around an operation changes."""
+    devices = ("cpu", "cuda")
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        *((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices),
+        torch._C._len_torch_function_stack(),
+    )
+
+
+def _held(owner: nn.Module) -> list[tuple[str, Any]]:
+    """What the modules hold, to see whether a forward pass changes it: values by identity, containers by content."""
+    held: list[tuple[str, Any]] = []
+    for module in owner.modules():
+        for name, value in vars(module).items():
+            inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+            held += [(name, id(value)), *((name, (key, id(item))) for key, item in inside)]
+    return held + [("a buffer", buffer._version) for buffer in owner.buffers()]
 
 
 def owner_graphs(owner: nn.Module) -> dict[bool, fx.Graph]:
@@ -106,10 +136,15 @@ def _trace(owner: nn.Module, training: bool) -> fx.Graph:
     owner.training = training
     defaults = concrete_defaults(owner)
     names = list(inspect.signature(owner.forward).parameters)
+    before = _held(owner)
+    if has_with_block(owner):
+        raise TraceError("it has a with block, which a trace forgets")
     try:
-        graph = _OwnerTracer(()).trace(owner, concrete_args=defaults)
+        graph = _OwnerTracer().trace(owner, concrete_args=defaults)
     except Exception as error:  # forward code may raise anything when it meets a proxy
         raise TraceError(" ".join(str(error).split())[:300] or type(error).__name__) from error
+    if changed := {name for name, _ in set(_held(owner)) ^ set(before)}:
+        raise TraceError(f"it changes what its module holds ({', '.join(sorted(changed))}), which a trace forgets")
     for node, name in zip((n for n in graph.nodes if n.op == "placeholder"), names, strict=False):
         if not str(node.target).startswith("*"):
             node.target = name  # a parameter with a default gets another name otherwise, and no keyword finds it

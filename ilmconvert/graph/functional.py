@@ -17,7 +17,7 @@ from ilmconvert.graph.calls import (
     function_name,
 )
 from ilmconvert.graph.explore import Exploration
-from ilmconvert.graph.mentions import mentioned_norms
+from ilmconvert.graph.mentions import mentioned_norms, methods_with_norms
 from ilmconvert.graph.run import FunctionalCall, Run, Shapes
 from ilmconvert.graph.tracer import TraceError
 from ilmconvert.norms import Entry, NormSpec, Refusal, find
@@ -130,6 +130,11 @@ def _described(
     refusal = found.refusal
     if refusal is None and isinstance(module, fx.GraphModule):
         refusal = Refusal("functional", "a GraphModule makes the call: convert the model before torch.fx traces it")
+    others = [name for name, functions in methods_with_norms(module).items() if found.function in functions]
+    if refusal is None and others:
+        refusal = Refusal(
+            "functional", f"only a forward is rewritten, and the method {others[0]!r} makes such calls too"
+        )
     if refusal is None and owner in run.unusual:
         refusal = Refusal("functional", "its module is called with other values than the defaults of its parameters")
     channels = shapes[0][1] if shapes and len(shapes[0]) > 1 else None

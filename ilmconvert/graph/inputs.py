@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ilmconvert.errors import UsageError
 
-__all__ = ["Inputs", "example_inputs", "first_tensor"]
+__all__ = ["Inputs", "check_model", "example_inputs", "first_tensor", "same_noise", "tensors_in"]
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,44 @@ class Inputs:
         args, kwargs = tree_map(lambda v: fn(v) if isinstance(v, Tensor) else v, (self.args, dict(self.kwargs)))
         return Inputs(args, kwargs)
 
+    def copied(self) -> Inputs:
+        """The same with tensors of their own, for what may change them in place."""
+        return self.map(torch.clone)
+
     def __call__(self, model: nn.Module) -> Any:
-        """Call ``model`` with these arguments."""
-        return model(*self.args, **self.kwargs)
+        """Call ``model`` with (copies of) these arguments."""
+        given = self.copied()
+        return model(*given.args, **given.kwargs)
+
+    def outputs(self, model: nn.Module) -> list[Tensor]:
+        """All tensors that ``model`` returns for these arguments, its random numbers the same every time."""
+        with same_noise():
+            return tensors_in(self(model))
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors among nested containers."""
+    return [v for v in tree_leaves(value) if isinstance(v, Tensor)]
+
+
+@contextmanager
+def same_noise(seed: int = 0) -> Iterator[None]:
+    """Random numbers from a fixed seed, for models that draw some in evaluation too; the caller's go on afterwards."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        yield
+
+
+def check_model(model: object) -> None:
+    """Raise for what is no module, a :class:`ilmconvert.Conversion` for example.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if not isinstance(model, nn.Module):
+        hint = "; give its model" if isinstance(getattr(model, "model", None), nn.Module) else ""
+        raise UsageError(f"expected a torch.nn.Module, got {type(model).__name__}{hint}")
 
 
 def first_tensor(module: nn.Module) -> Tensor | None:

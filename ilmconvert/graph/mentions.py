@@ -1,7 +1,7 @@
-"""What a module's code mentions, read from its bytecode: norm functions, and attributes of its children.
+"""What a module's code mentions, read from its bytecode: norm functions, attributes of its children, ``with`` blocks.
 
 Neither torch.fx nor a run on fake tensors gets past a branch on values. What stands behind it is not known to run, but
-it must not be passed over either. And no graph shows the reading of a number.
+it must not be passed over either. And no graph shows the reading of a number, or the other methods of a module.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from torch import nn
 
 from ilmconvert.graph.tracer import FUNCTIONAL_NORMS
 
-__all__ = ["mentioned_norms", "read_attributes"]
+__all__ = ["has_with_block", "mentioned_norms", "methods_with_norms", "own_reads", "read_attributes"]
 
 _DEPTH = 3  # helpers called by helpers
 _HARMLESS = ("dtype", "device", "shape")
+_ENTERING = ("BEFORE_WITH", "SETUP_WITH")  # as Python up to 3.13 says it; 3.14 loads a special method
 
 
 def mentioned_norms(module: nn.Module) -> frozenset[str]:
@@ -79,23 +80,71 @@ def _values(code: types.CodeType, names: dict[str, Any]) -> Iterator[Any]:
 def read_attributes(module: nn.Module) -> frozenset[tuple[str, str]]:
     """What the forward pass, with the methods it uses, reads of the attributes of its attributes: (``bn``, ``eps``).
 
-    A tensor that is only asked for its dtype, device or shape does not count; neither do torch's own modules.
+    What is read of anything but an attribute, an element of a list say, has ``*`` for that. A tensor that is only asked
+    for its dtype, device or shape does not count; neither do torch's own modules.
 
     Example:
         >>> class Own(nn.Module):
         ...     def forward(self, x):
-        ...         return x.to(self.proj.weight.dtype) / self.bn.eps
+        ...         return x.to(self.proj.weight.dtype) / self.bn.eps + self.blocks[0].bias
         >>> sorted(read_attributes(Own()))
-        [('bn', 'eps')]
+        [('*', 'bias'), ('*', 'to'), ('bn', 'eps')]
     """
     cls: Any = type(module)
     return _reads_of(cls)
 
 
+def own_reads(module: nn.Module) -> frozenset[str]:
+    """The attributes of its own that a module's other public methods read, with the methods these use.
+
+    Example:
+        >>> class Own(nn.Module):
+        ...     def penalty(self):
+        ...         return self.gamma.square().sum()
+        >>> sorted(own_reads(Own()))
+        ['gamma']
+    """
+    cls: Any = type(module)
+    methods = {method for name in _public_methods(cls) for method in _reached(cls, name)}
+    return frozenset(chain[0] for method in methods for chain in _chains(method)) - {"*"}
+
+
+def methods_with_norms(module: nn.Module) -> dict[str, frozenset[str]]:
+    """The other public methods of a module that name norm functions, themselves or by the methods they use.
+
+    Example:
+        >>> class Own(nn.Module):
+        ...     def features(self, x):
+        ...         return nn.functional.layer_norm(x, x.shape[-1:])
+        ...     def forward(self, x):
+        ...         return self.features(x).mean()
+        >>> methods_with_norms(Own())
+        {'features': frozenset({'torch.nn.functional.layer_norm'})}
+    """
+    cls: Any = type(module)
+    named = {name: _of_values(_reached(cls, name), _DEPTH) for name in _public_methods(cls)}
+    return {name: functions for name, functions in named.items() if functions}
+
+
+def has_with_block(module: nn.Module) -> bool:
+    """Whether the forward pass, with the methods it uses, enters a context manager."""
+    cls: Any = type(module)
+    steps = (step for method in _reached(cls, "forward") for step in dis.get_instructions(method))
+    return any(s.opname in _ENTERING or (s.opname == "LOAD_SPECIAL" and "enter" in s.argrepr) for s in steps)
+
+
 @cache
-def _reads_of(cls: type) -> frozenset[tuple[str, str]]:
-    found: set[tuple[str, str]] = set()
-    todo, seen = ["forward"], set()
+def _public_methods(cls: type) -> tuple[str, ...]:
+    own = (base for base in cls.__mro__ if not base.__module__.startswith(("torch.", "builtins")))
+    names = dict.fromkeys(n for base in own for n, v in vars(base).items() if callable(v) or isinstance(v, property))
+    return tuple(name for name in names if name != "forward" and not name.startswith("_"))
+
+
+@cache
+def _reached(cls: type, start: str) -> tuple[types.FunctionType, ...]:
+    """A method and those that it uses, ``forward`` not among the latter; torch's own modules are not looked into."""
+    found: dict[str, types.FunctionType] = {}
+    todo, seen = [start], {"forward"} - {start}
     while todo:
         method: Any = getattr(cls, name := todo.pop(), None)
         method = method.fget if isinstance(method, property) else method
@@ -103,23 +152,35 @@ def _reads_of(cls: type) -> frozenset[tuple[str, str]]:
         if name in seen or not isinstance(method, types.FunctionType) or str(method.__module__).startswith("torch."):
             continue
         seen.add(name)
-        for chain in _chains(method.__code__):
-            todo.append(chain[0])
-            if len(chain) > 1 and chain[2:3] not in [[name] for name in _HARMLESS]:
-                found.add((chain[0], chain[1]))
-    return frozenset(found)
+        found[name] = method
+        todo += [chain[0] for chain in _chains(method)]
+    return tuple(found.values())
 
 
-def _chains(code: types.CodeType) -> Iterator[list[str]]:
-    """The attributes that a method's code takes of ``self``, and of those: ``[["bn", "weight", "dtype"], ...]``."""
+@cache
+def _reads_of(cls: type) -> frozenset[tuple[str, str]]:
+    chains = (chain for method in _reached(cls, "forward") for chain in _chains(method))
+    return frozenset((c[0], c[1]) for c in chains if len(c) > 1 and c[2:3] not in [[name] for name in _HARMLESS])
+
+
+def _chains(method: types.FunctionType) -> Iterator[list[str]]:
+    """The attributes that a method's code takes of ``self``, and of those: ``[["bn", "weight", "dtype"], ...]``.
+
+    Those of anything else, a module of Python aside, come as ``["*", "weight"]``.
+    """
+    code = method.__code__
     chain: list[str] | None = None
     for step in dis.get_instructions(code):
-        if step.opname in ("LOAD_ATTR", "LOAD_METHOD") and chain is not None:
+        if step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            chain = ["*"] if chain is None else chain
             chain.append(step.argval)
             continue
-        if chain:
+        if chain and chain[0] != "":
             yield chain
         last = step.argval[-1] if isinstance(step.argval, tuple) and step.argval else step.argval
-        chain = [] if step.opname.startswith("LOAD_FAST") and last == code.co_varnames[0] else None
-    if chain:
+        if step.opname.startswith("LOAD_FAST") and [last] == [*code.co_varnames[:1]]:
+            chain = []
+        else:
+            chain = [""] if step.opname in ("LOAD_GLOBAL", "LOAD_NAME") else None
+    if chain and chain[0] != "":
         yield chain

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils import parametrize
 
 from ilmconvert.graph.calls import Call
 from ilmconvert.graph.explore import Exploration
@@ -41,6 +42,7 @@ class Site:
         call: what is known of a functional norm's call; None for a module.
         read_by: calls (``owner:name``) of a norm function on this module's own parameters; they are made to run the
             layer that takes the module's place.
+        parametrized: its scale or shift is computed by ``torch.nn.utils.parametrize``.
     """
 
     paths: tuple[str, ...]
@@ -55,6 +57,7 @@ class Site:
     input_shapes: tuple[tuple[int, ...], ...] = ()
     call: Call | None = None
     read_by: tuple[str, ...] = ()
+    parametrized: bool = False
 
     def __post_init__(self) -> None:
         if not self.paths:
@@ -103,11 +106,6 @@ class SiteSearch:
     untraced: dict[str, str] = field(default_factory=dict)
     run_error: str | None = None
     shapes_known: bool = False
-
-    @property
-    def whole(self) -> bool:
-        """Whether the model traced in one piece."""
-        return "" not in self.untraced
 
 
 def find_sites(model: nn.Module, inputs: Inputs | None = None) -> SiteSearch:
@@ -192,6 +190,7 @@ def _site(
         calls=calls,
         input_shapes=tuple(dict.fromkeys(shapes)),
         read_by=read_by,
+        parametrized=parametrize.is_parametrized(module),
     )
 
 
