@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ilmconvert.errors import UsageError
 from ilmconvert.jsonable import to_json
@@ -28,9 +28,13 @@ class Calibrated(NamedTuple):
     report: CalibrationReport
     broken: dict[Path, str]
 
+    def to_dict(self) -> dict[str, Any]:
+        """The account as plain data."""
+        return {"broken": {str(file): reason for file, reason in self.broken.items()}, **self.report.to_dict()}
+
     def records(self) -> dict[str, bytes]:
         """The account as a file to save beside the weights."""
-        return {RECORD: (to_json(self.report.to_dict()) + "\n").encode()}
+        return {RECORD: (to_json(self.to_dict()) + "\n").encode()}
 
 
 def calibrate_conversion(

@@ -20,7 +20,7 @@ from ilmconvert.graph.shadow import copied_together, copy_model
 from ilmconvert.graph.tracer import TraceError, trace
 from ilmconvert.nn import ILMNorm, ILMNormAct
 from ilmconvert.options import ConvertOptions
-from ilmconvert.plan import Plan, make_plan
+from ilmconvert.plan import Decision, Plan, make_plan
 from ilmconvert.redirection import get_module, put_calls_back_
 from ilmconvert.report import Report
 from ilmconvert.rewrite import replace_modules_, rewrite
@@ -81,14 +81,20 @@ class Conversion:
         model, *norms = copied_together([current.model, *current.originals.values()])
         originals = dict(zip(current.originals, norms, strict=True))
         replacements: dict[str, nn.Module] = {}
+        others = (m for m in model.modules() if not isinstance(m, ILMNorm))
+        shared = {parameter for module in others for parameter in module.parameters(recurse=False)}
         for decision in current.plan.converted:
-            norm, layer = originals[decision.path], get_module(model, decision.site.layer_path)
+            paths = [path for path in _layer_paths(decision) if isinstance(_module_at(model, path), ILMNorm)]
+            norm, layer = originals[decision.path], get_module(model, paths[0])
             norm.train(layer.training)
             _follow_(norm, layer, current.originals[decision.path])
+            for name, tensor in layer._parameters.items():
+                if tensor in shared and isinstance(norm._parameters.get(name), nn.Parameter):
+                    norm._parameters[name] = tensor  # tied to it from outside, and so it stays
             if isinstance(layer, ILMNormAct):
                 norm.drop, norm.act = layer.drop, layer.act
             if decision.site.call is None:
-                replacements.update(dict.fromkeys(decision.site.paths, norm))
+                replacements.update(dict.fromkeys(paths, norm))
         put_calls_back_(model, current.plan, originals)
         return replace_modules_(model, replacements)
 
@@ -110,7 +116,9 @@ class Conversion:
     def current(self) -> Conversion:
         """This conversion as the model stands now, without layers replaced since (a head that was reset)."""
         gone = {
-            d.path for d in self.plan.converted if not isinstance(_module_at(self.model, d.site.layer_path), ILMNorm)
+            d.path
+            for d in self.plan.converted
+            if not any(isinstance(_module_at(self.model, path), ILMNorm) for path in _layer_paths(d))
         }
         if not gone:
             return self
@@ -290,6 +298,11 @@ def _follow_(norm: nn.Module, layer: nn.Module, original: nn.Module) -> None:
     before, now = next(kept, (first_tensor(original), first_tensor(layer)))
     if before is not None and now is not None:
         norm.to(now.device, None if now.dtype == before.dtype else now.dtype)
+
+
+def _layer_paths(decision: Decision) -> tuple[str, ...]:
+    """All names of a converted norm's layer."""
+    return decision.site.paths if decision.site.call is None else (decision.site.layer_path,)
 
 
 def _module_at(model: nn.Module, path: str) -> nn.Module | None:

@@ -16,8 +16,9 @@ _SAMPLES = 1024
 def fingerprint(model: nn.Module, *, leave_out: Callable[[nn.Module], bool] = lambda _: False) -> str | None:
     """A short text that changes when training changes the model's weights.
 
-    Of each parameter and saved buffer it takes name, dtype, shape and 1,024 values spread over it: a training step
-    changes them all, and a large model costs no more than a small one.
+    Of each parameter and saved buffer it takes name, dtype, shape and 1,024 values spread over it, so that a large
+    model costs no more than a small one. Training that changes nothing but a few rows of a table of embeddings, all
+    else frozen and without weight decay, may go unnoticed.
 
     Args:
         model: any model.

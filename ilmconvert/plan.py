@@ -159,11 +159,14 @@ def _decide(site: Site, options: ConvertOptions, shapes_known: bool) -> Decision
     refusal = site.refusal or _filtered(site, options)
     if refusal is None and site.spec is not None:
         target, notes = _target(site.spec, site.input_shapes, options)
-        if target is not None:
+        if site.parametrized and options.mode == "paper":
+            refusal = Refusal("parametrized", "its scale or shift is computed; mode paper starts from other values")
+        elif target is not None:
             unused = site.idle and shapes_known
             notes += ("it does not run in the model's current mode",) if unused else ()
             return Decision(site, "convert", target, notes=notes)
-        refusal = Refusal("single-value", "each instance has a single value here, which standardizes to zero")
+        else:
+            refusal = Refusal("single-value", "each instance has a single value here, which standardizes to zero")
     return Decision(site, "skip", code=refusal.code if refusal else None, reason=refusal.reason if refusal else None)
 
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
 from ilmconvert.graph import Inputs
+from ilmconvert.graph.inputs import tensors_in
 from ilmconvert.nn import ILMNorm
 
 __all__ = ["fill_zeros_", "immovable_layers", "instead_of_forward", "layers_read_around", "moves"]
@@ -122,7 +122,7 @@ def immovable_layers(model: nn.Module, layers: Layers, inputs: Inputs) -> list[s
     for weight in decoders.values():
         weight.requires_grad_(True)
     with torch.enable_grad():
-        total = sum((t.float() * _noise(t)).sum() for t in _tensors(inputs(model)) if t.requires_grad)
+        total = sum((t.float() * _noise(t)).sum() for t in tensors_in(inputs(model)) if t.requires_grad)
         if isinstance(total, Tensor):
             total.backward()  # a reentrant checkpoint takes no autograd.grad
     moved = {n.strip() for n, w in decoders.items() if w.grad is not None and bool((w.grad != 0).any())}
@@ -145,31 +145,21 @@ def _stirs(model: nn.Module, layer: ILMNorm, inputs: Inputs) -> bool:
 @torch.no_grad()
 def moves(model: nn.Module, inputs: Inputs, parameters: Sequence[Tensor], change: Callable[[], None]) -> bool:
     """Whether ``change``, which is undone afterwards, of some parameters moves the output."""
-    before = _run(model, inputs)
+    before = inputs.outputs(model)
     kept = [p.detach().clone() for p in parameters]
     try:
         change()
-        after = _run(model, inputs)
+        after = inputs.outputs(model)
     finally:
         for parameter, value in zip(parameters, kept, strict=True):
             parameter.data.copy_(value)
     return len(before) != len(after) or any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-def _run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return _tensors(inputs(model))
-
-
 @torch.no_grad()
 def _finite(model: nn.Module, inputs: Inputs) -> bool:
-    return all(bool(torch.isfinite(t).all()) for t in _run(model, inputs) if t.is_floating_point())
+    return all(bool(torch.isfinite(t).all()) for t in inputs.outputs(model) if t.is_floating_point())
 
 
 def _noise(like: Tensor) -> Tensor:
     return torch.randn(like.shape, generator=torch.Generator().manual_seed(0)).to(like.device, torch.float32)
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    return [v for v in tree_flatten(output)[0] if isinstance(v, Tensor)]

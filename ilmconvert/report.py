@@ -96,10 +96,11 @@ class Report:
         if all(d.target and d.target.mode == "paper" for d in changed):
             first = f"{plural(len(changed), 'layer')} start from the paper's initialisation: the model must be trained"
         else:
+            calls = all(d.site.call is not None for d in changed)  # calibration knows modules alone
             first = (
                 f"the model's function has changed: {plural(len(changed), 'norm')} used batch statistics, of "
-                "which the new layers keep at most the average effect, so calibrate or train the model before relying "
-                "on it"
+                f"which the new layers keep at most the average effect, so {'' if calls else 'calibrate or '}train the "
+                "model before relying on it"
             )
         return (first, *notes)
 

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.utils._pytree import tree_flatten
 
 from ilmconvert.errors import IlmconvertError, UsageError
 from ilmconvert.graph import Inputs, example_inputs
-from ilmconvert.graph.inputs import first_tensor
+from ilmconvert.graph.inputs import check_model, first_tensor, tensors_in
 from ilmconvert.graph.shadow import copy_model
 from ilmconvert.graph.sites import find_sites, norm_paths
 from ilmconvert.nn import ILMNorm
@@ -87,7 +86,8 @@ def verify(
         True
     """
     for model in (original, converted):
-        _check_model(model)
+        check_model(model)
+        _check_values(model)
     inputs = _inputs(original, example_inputs)
     checks = [_modes(original, converted), _norms_left(converted)]
     exact = not _inexact(original, converted, inputs)
@@ -127,9 +127,10 @@ def relative_difference(a: list[Tensor], b: list[Tensor]) -> float:
 
 
 def _difference(x: Tensor, y: Tensor) -> float:
-    if x.shape != y.shape or x.is_floating_point() != y.is_floating_point():
+    if x.shape != y.shape or _kind(x) != _kind(y):
         return float("inf")
-    x, y = x.double(), y.double()
+    wide = torch.complex128 if x.is_complex() else torch.float64
+    x, y = x.to(wide), y.to(wide)
     finite = torch.isfinite(x)
     if not torch.equal(finite, torch.isfinite(y)) or not torch.equal(x[~finite].nan_to_num(), y[~finite].nan_to_num()):
         return float("inf")
@@ -139,10 +140,11 @@ def _difference(x: Tensor, y: Tensor) -> float:
     return ((x - y).abs().max() / x.abs().max().clamp_min(1e-30)).item()
 
 
-def _check_model(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        hint = "; give its model" if isinstance(getattr(model, "model", None), nn.Module) else ""
-        raise UsageError(f"expected a torch.nn.Module, got {type(model).__name__}{hint}")
+def _kind(x: Tensor) -> tuple[bool, bool]:
+    return x.is_floating_point(), x.is_complex()
+
+
+def _check_values(model: nn.Module) -> None:
     if (tensor := first_tensor(model)) is not None and tensor.is_meta:
         raise UsageError(f"expected a {type(model).__name__} with values to compare, got one on the meta device")
 
@@ -160,13 +162,9 @@ def _inputs(model: nn.Module, given: Any) -> Inputs:
 @torch.no_grad()
 def _outputs(model: nn.Module, inputs: Inputs, who: str) -> list[Tensor]:
     try:
-        return _tensors(inputs(model))
+        return inputs.outputs(model)
     except Exception as error:
         raise IlmconvertError(f"{who} cannot be run: {type(error).__name__}: {error}") from error
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    return [v for v in tree_flatten(output)[0] if isinstance(v, Tensor)]
 
 
 def _modes(original: nn.Module, converted: nn.Module) -> Check:
@@ -315,7 +313,7 @@ def _training(original: nn.Module, converted: nn.Module, inputs: Inputs, batch: 
 def _gradients(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
     """Those of (a copy of) a model's parameters in training mode."""
     model = copy_model(model).train()
-    loss = sum(t.float().square().mean() for t in _tensors(inputs(model)) if t.requires_grad)
+    loss = sum(t.float().square().mean() for t in inputs.outputs(model) if t.requires_grad)
     if isinstance(loss, Tensor):
         loss.backward()
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -331,7 +329,7 @@ def _trains(model: nn.Module, inputs: Inputs) -> bool:
 
 def _first_sample(inputs: Inputs) -> Inputs:
     """The inputs cut to one sample: every tensor that is as long as the first one."""
-    tensors = _tensors((inputs.args, dict(inputs.kwargs)))
+    tensors = tensors_in((inputs.args, dict(inputs.kwargs)))
     length = next((len(t) for t in tensors if t.ndim), 0)
     return inputs.map(lambda t: t[:1] if t.ndim and len(t) == length else t)
 

@@ -74,8 +74,7 @@ def calibrate(
         return
     save(calibrated.conversion, target, force=force, records=calibrated.records())
     if as_json:
-        broken = {str(file): reason for file, reason in calibrated.broken.items()}
-        click.echo(to_json({"output": str(target), "broken": broken, **calibrated.report.to_dict()}))
+        click.echo(to_json({"output": str(target), **calibrated.to_dict()}))
         return
     print_calibration(calibrated.report, calibrated.broken)
     print_saved(target)

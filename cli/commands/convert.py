@@ -121,7 +121,7 @@ def _print_result(conversion: Conversion, calibrated: Calibrated | None, output:
     from ilmconvert_cli.render.report import print_saved, print_summary
 
     if as_json:
-        more = {"calibration": calibrated.report.to_dict()} if calibrated else {}
+        more = {"calibration": calibrated.to_dict()} if calibrated else {}
         click.echo(to_json({"output": str(output), **conversion.report.to_dict(), **more}))
         return
     print_summary(conversion.report)

@@ -115,7 +115,15 @@ def recover(
 
 def _run_folder(output: Path, *, resume: bool, force: bool) -> Path:
     """Where the state of the run is kept until it is done, beside the output."""
+    from ilmconvert.training.state import RUN_FILES
+
     run = output.resolve().with_name(f"{output.resolve().name}.run")
+    foreign = sorted(file.name for file in run.iterdir() if file.name not in RUN_FILES) if run.is_dir() else []
+    if foreign or run.is_file():
+        raise OutputExistsError(
+            f"expected {str(run)!r} for the state of the run, but there is something else: "
+            f"{', '.join(foreign[:5]) or 'a file'}. Choose another folder to save in"
+        )
     if run.exists() and not (resume or force):
         raise OutputExistsError(
             f"expected no run that was broken off, but {str(run)!r} exists; go on with --resume, or give --force to "

@@ -119,7 +119,7 @@ def fit_(layer: ILMNorm, samples: Samples, *, ridge: float = RIDGE) -> Fit:
         start[:, 1:3] = 0
     equations, right, energy = _normal_equations(layer, moments, sums, size)
     count = summed(torch.tensor(float(len(size)), dtype=torch.float64, device=size.device))
-    active = [0, 1, 2, 3] if layer.scale_gain is not None else [0, 3]
+    active = [i for i, column in enumerate(_columns(layer)) if column is not None]
     spread = energy - right[:, 3] ** 2 / equations[:, 3, 3].clamp_min(1)
 
     def missed(theta: Tensor) -> Tensor:
@@ -135,10 +135,15 @@ def fit_(layer: ILMNorm, samples: Samples, *, ridge: float = RIDGE) -> Fit:
     return Fit(int(count), shares[0], shares[1], tuple(int(i) for i in flat.nonzero().flatten()))
 
 
+def _columns(layer: ILMNorm) -> tuple[Tensor | None, ...]:
+    """The parameters that are fitted; None where the layer has none."""
+    return layer.weight, layer.scale_gain, layer.shift_gain, layer.bias
+
+
 def _coefficients(layer: ILMNorm) -> Tensor:
     """``B_w, g_w, g_b, B_b`` of each channel: ``(C, 4)``, float64."""
     weight = layer.predictor.encoder.weight
-    columns = (layer.weight, layer.scale_gain, layer.shift_gain, layer.bias)
+    columns = _columns(layer)
     defaults = (1.0, 1.0, 1.0, 0.0)
     shape = (layer.num_channels,)
     return torch.stack(
@@ -151,8 +156,7 @@ def _coefficients(layer: ILMNorm) -> Tensor:
 
 
 def _set_(layer: ILMNorm, solution: Tensor) -> None:
-    columns = (layer.weight, layer.scale_gain, layer.shift_gain, layer.bias)
-    for column, value in zip(columns, solution, strict=True):
+    for column, value in zip(_columns(layer), solution, strict=True):
         if column is not None:
             column.copy_(value.reshape(column.shape))
 
@@ -233,8 +237,8 @@ def _detect_(layer: ILMNorm, moments: Tensor) -> None:
         predictor.shift_decoder.weight.mul_(shifts.reshape(-1, 1))
     elif predictor.num_blocks == 1 and hidden >= 2:
         predictor.silence()
-        predictor.encoder.weight[:2] = torch.tensor([[1.0], [-1.0]]) / keys
-        signs = torch.tensor([1.0, -1.0], dtype=mean.dtype)
+        signs = mean.new_tensor([1.0, -1.0])
+        predictor.encoder.weight[:2] = signs.unsqueeze(1) / keys
         predictor.scale_decoder.weight[:, :2] = scale_slope.mean() * signs
         predictor.shift_decoder.weight[:, :2] = shift_slope.mean() * signs
 

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map
 
-from ilmconvert.graph.inputs import Inputs
+from ilmconvert.graph.inputs import Inputs, same_noise, tensors_in
 from ilmconvert.graph.shadow import shadow
 from ilmconvert.graph.tracer import TraceError, trace
 
@@ -76,6 +76,7 @@ class Program:
             graph, self.prefix = _whole_graph(), "whole.model."
         self.nodes = list(graph.nodes)
         self.interpreter = fx.Interpreter(root, garbage_collect_values=False, graph=graph)
+        self.seeds = {node: i for i, node in enumerate(self.nodes)}
         self.dying = _last_uses(self.nodes)
         self.inside = {node: self._sites_in(node) for node in self.nodes}
 
@@ -92,7 +93,8 @@ class Program:
 
     def _bound(self, nodes: Iterable[fx.Node], inputs: Inputs) -> list[Any]:
         """A value for each placeholder; the graph itself objects to values that its trace did not foresee."""
-        call = inspect.signature(self.model.forward).bind(*inputs.args, **inputs.kwargs)
+        given = inputs.copied()
+        call = inspect.signature(self.model.forward).bind(*given.args, **given.kwargs)
         call.apply_defaults()
         values, placeholders = list(call.arguments.values()), [n for n in nodes if n.op == "placeholder"]
         if len(values) != len(placeholders):
@@ -109,13 +111,18 @@ class Program:
     def start(self, inputs: Inputs) -> dict[str, Any]:
         """The values that a walk begins with, by node name."""
         placeholders = [node.name for node in self.nodes if node.op == "placeholder"]
-        values = [inputs.args, dict(inputs.kwargs)] if self.prefix else self._bound(self.nodes, inputs)
+        given = inputs.copied()
+        values = [given.args, dict(given.kwargs)] if self.prefix else self._bound(self.nodes, inputs)
         return dict(zip(placeholders, values, strict=True))
 
     def run(self, node: fx.Node, values: dict[str, Any]) -> Any:
-        """The value of one node."""
-        self.interpreter.env = {n: values[n.name] for n in node.all_input_nodes}
-        return self.interpreter.run_node(node)
+        """The value of one node; what it draws of random numbers is the same in every network."""
+        given = {n: values[n.name] for n in node.all_input_nodes}
+        if self.inside[node] and f"{self.prefix}{self.inside[node][0]}" != node.target:  # it runs again on these
+            given = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, given)
+        self.interpreter.env = given
+        with same_noise(self.seeds[node]):
+            return self.interpreter.run_node(node)
 
     def run_to(self, node: fx.Node, values: dict[str, Any], visit: int) -> Any:
         """As :meth:`run`, but raise ``_Stop`` before the given visit to a site."""
@@ -156,7 +163,7 @@ def _last_uses(nodes: Sequence[fx.Node]) -> dict[fx.Node, list[str]]:
 
 
 def _equal(a: Any, b: Any) -> bool:
-    xs, ys = (([v for v in tree_flatten(t)[0] if isinstance(v, Tensor)]) for t in (a, b))
+    xs, ys = tensors_in(a), tensors_in(b)
     return len(xs) == len(ys) and all(
         x.shape == y.shape and torch.allclose(x, y, 1e-4, 1e-5, equal_nan=True) for x, y in zip(xs, ys, strict=True)
     )
@@ -201,8 +208,8 @@ class Walk:
 
     def nbytes(self) -> int:
         """Bytes of memory that the walk holds."""
-        tensors = [v for v in tree_flatten(self._values)[0] if isinstance(v, Tensor)]
-        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+        storages = [t.untyped_storage() for t in tensors_in(self._values)]
+        return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
     def spill(self, file: Path) -> None:
         """Put the values on disk; they are read back when the walk goes on."""

@@ -14,7 +14,7 @@ from ilmconvert.calibration.fitting import RIDGE, Samples, bare_norm, fit_
 from ilmconvert.calibration.lockstep import Program, Visit, Walk, Walks
 from ilmconvert.calibration.report import CalibrationReport, SiteCalibration
 from ilmconvert.errors import ModelError, UsageError
-from ilmconvert.graph.inputs import Inputs, example_inputs, first_tensor
+from ilmconvert.graph.inputs import Inputs, check_model, example_inputs, first_tensor, same_noise
 from ilmconvert.graph.shadow import copy_model
 from ilmconvert.metrics import Comparison, Similarity, logits_of
 from ilmconvert.nn import ILMNorm
@@ -71,7 +71,7 @@ def calibrate(
         progress: called with (what, done, total).
 
     Raises:
-        UsageError: no batches, or nothing to calibrate.
+        UsageError: no batches, nothing to calibrate, or what is given is no model.
         ModelError: the two models do not run the same norms, or return no logits.
 
     Example:
@@ -83,13 +83,16 @@ def calibrate(
         >>> report.images, report.after.kl < report.before.kl
         (24, True)
     """
+    for model in (original, converted):
+        check_model(model)
     given = list(batches) if iter(batches) is batches else batches
     teacher, student = copy_model(original).eval(), copy_model(converted).eval()
     layers, left = _layers(teacher, student)
     if not layers:
+        others = "; ".join(f"{path}: {reason}" for path, reason in list(left.items())[:3])
         raise UsageError(
             f"expected ILM layers that replaced norms with batch statistics, found none in {type(student).__name__}; "
-            "layers that replaced other norms are exact already"
+            f"{others or 'layers that replaced other norms are exact already'}"
         )
     inputs = _Prepared(given, teacher)
     first = next(iter(inputs), None)
@@ -277,9 +280,14 @@ def _compare(
     like = first_tensor(teacher)
     comparisons = [Comparison("cpu" if like is None else like.device) for _ in range(2)]
     for batch in inputs:
-        wanted = logits_of(batch(teacher))
+        wanted = _logits(teacher, batch)
         for comparison, states in zip(comparisons, (before, after), strict=True):
             _load(layers, states)
-            comparison.update(wanted, logits_of(batch(student)))
+            comparison.update(wanted, _logits(student, batch))
     was, now = (comparison.reduce().result() for comparison in comparisons)
     return was, now
+
+
+def _logits(model: nn.Module, batch: Inputs) -> Tensor:
+    with same_noise():
+        return logits_of(batch(model))

@@ -242,7 +242,16 @@ def _umask() -> int:
 def _trusted(conversion: Conversion) -> Source | None:
     """The model's own source, if it does rebuild the same weights."""
     if conversion.source is not None and conversion.source.kind == "factory":
-        return conversion.source
+        report = conversion.report  # nothing but the size is known of what the factory, not called again, returned
+        size = sum(p.numel() for p in conversion.model.parameters())
+        if size == report.parameters + report.added_parameters:
+            return conversion.source
+        warnings.warn(
+            f"{conversion.source.name} built a model of another size, so load() will need model=...; or give a factory "
+            "of this one to save()",
+            stacklevel=3,
+        )
+        return None
     source = Source.of(conversion.model)  # as it is now: its head may have been reset since
     if source is None:
         return None

@@ -25,7 +25,7 @@ from ilmconvert.comparison.calls import Calls
 from ilmconvert.comparison.following import followed, traced_calls
 from ilmconvert.comparison.value import GraphDiff, Numbers, NumericsRun
 from ilmconvert.errors import IlmconvertError, UsageError
-from ilmconvert.graph.inputs import Inputs, first_tensor
+from ilmconvert.graph.inputs import Inputs, first_tensor, same_noise
 from ilmconvert.graph.shadow import copy_model
 
 __all__ = ["BUDGET", "measure"]
@@ -208,8 +208,7 @@ def _floats(output: Any) -> list[Tensor]:
 
 def _run(model: nn.Module, batch: Inputs, who: str) -> None:
     like = first_tensor(model)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # models that draw random numbers draw the same
+    with same_noise():
         try:
             batch.map(lambda t: _as(t, like))(model)
         except Exception as error:

@@ -29,7 +29,7 @@ class ImageData:
     Attributes:
         train, held_out: map-style datasets of images, or of (image, class number).
         classes: the names of the classes, where folders tell them.
-        digest: tells these images, in this order, from others.
+        digest: tells these files, in this order, from others; of images that are no files it knows the number.
     """
 
     train: Dataset[Any]

@@ -22,9 +22,9 @@ __all__ = ["Judge", "answers"]
 
 
 def answers(model: nn.Module, images: Tensor) -> Tensor:
-    """The logits of a model, whatever device, dtype and output it has."""
+    """The logits of a model, whatever device, dtype and output it has; it may change its (copy of the) images."""
     like = first_tensor(model)
-    return logits_of(model(images if like is None else images.to(like.device, like.dtype)))
+    return logits_of(model(images.clone() if like is None else images.to(like.device, like.dtype, copy=True)))
 
 
 class Judge:

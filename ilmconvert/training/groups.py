@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import nn
 
 from ilmconvert.errors import UsageError
+from ilmconvert.graph.inputs import check_model
 from ilmconvert.nn import ILMNorm
 from ilmconvert.norms import find
 
@@ -17,6 +18,7 @@ __all__ = ["META_LR_SCALE", "parameter_groups"]
 META_LR_SCALE = 0.1  # measured in benchmarks/digits.py
 
 Kind = Literal["meta", "norm", "rest"]
+_AFFINE = tuple(f"{home}{name}" for home in ("", "parametrizations.") for name in ("weight", "bias"))
 
 
 def parameter_groups(
@@ -55,7 +57,7 @@ def parameter_groups(
         (tied weights) is in the first group that any of them belongs to, under its first name.
 
     Raises:
-        UsageError: a pattern that matches nothing, a negative number, or nothing left to train.
+        UsageError: no model, a pattern that matches nothing, a negative number, or nothing left to train.
 
     Example:
         >>> import ilmconvert, timm, torch
@@ -65,6 +67,7 @@ def parameter_groups(
         [('meta', 0.0005, 0.0, 39), ('norm', 0.001, 0.0, 54), ('rest', 0.001, 0.05, 26)]
         >>> optimizer = torch.optim.AdamW(groups)
     """
+    check_model(model)
     for name, value in (("lr", lr), ("weight_decay", weight_decay), ("meta_lr_scale", meta_lr_scale)):
         if not value >= 0:
             raise UsageError(f"expected {name} of at least 0, got {value!r}")
@@ -88,10 +91,11 @@ def _kinds(model: nn.Module) -> dict[nn.Parameter, Kind]:
     kinds: dict[nn.Parameter, Kind] = {}
     for module in model.modules():
         if isinstance(module, ILMNorm):
-            kinds.update((p, "meta") for name, p in _own(module) if name not in ("weight", "bias"))
+            kinds.update((p, "meta") for name, p in _own(module) if not name.startswith(_AFFINE))
     for module in model.modules():
         if isinstance(module, ILMNorm) or find(module) is not None:
-            for parameter in module.parameters(recurse=False):
+            computed = [p for name, p in module.named_parameters() if name.startswith("parametrizations.")]
+            for parameter in (*module.parameters(recurse=False), *computed):
                 kinds.setdefault(parameter, "norm")
     undecayed = {parameter for module in model.modules() for parameter in _undecayed(module)}
     for name, parameter in model.named_parameters(remove_duplicate=False):

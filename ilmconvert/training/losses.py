@@ -59,7 +59,7 @@ class FeatureMatching:
     def __enter__(self) -> FeatureMatching:
         for (norm, layer), targets, outputs in zip(self._pairs, self._targets, self._outputs, strict=True):
             for module, kept in ((norm, targets), (layer, outputs)):
-                self._handles.append(module.register_forward_hook(lambda _m, _x, y, kept=kept: kept.append(y)))
+                self._handles.append(module.register_forward_hook(lambda _m, _x, y, kept=kept: kept.append(y.clone())))
         return self
 
     def __exit__(

@@ -90,8 +90,12 @@ class RecoverOptions:
         """An options value from one, or from keyword fields.
 
         Raises:
-            UsageError: both are given, or a keyword is not an option.
+            UsageError: both are given, a keyword is not an option, or ``options`` is something else.
         """
+        if not isinstance(options, (RecoverOptions, type(None))):
+            raise UsageError(
+                f"expected RecoverOptions, or options by keyword (steps=100, lr=1e-4), got {type(options).__name__}"
+            )
         known = [f.name for f in fields(cls)]
         if wrong := sorted(set(given) - set(known)):
             raise UsageError(f"expected options among {', '.join(known)}; got {', '.join(wrong)}")

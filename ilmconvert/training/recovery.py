@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ilmconvert.errors import UsageError
+from ilmconvert.graph.inputs import check_model
 from ilmconvert.training.data import Images, open_images
 from ilmconvert.training.options import RecoverOptions
 from ilmconvert.training.processes import processes
@@ -55,7 +56,8 @@ def recover(
         labels: train on class numbers: a folder for each class, a dataset of pairs, or an iterable of pairs of batches.
         held_out_images: measure on these instead of a share of ``images``.
         run_folder: where the run's state is kept after each measurement; None keeps none.
-        resume: go on with the run in ``run_folder``; it takes the course it would have taken without the break.
+        resume: go on with the run in ``run_folder``; it takes the course it would have taken without the break. Images
+            that are no files must be the same ones: of them, only the number is compared.
         progress: called with (what, done, total).
         on_evaluation: called with each measurement of this session, in the main process.
 
@@ -73,6 +75,9 @@ def recover(
         True
     """
     wanted = RecoverOptions.of(options, fields)
+    check_model(converted)
+    if original is not None:
+        check_model(original)
     if original is None and not labels:
         raise UsageError("expected the original to learn from, got None; give it, or labels=True")
     if wanted.features and labels:

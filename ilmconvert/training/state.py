@@ -25,9 +25,12 @@ from torch.distributed.checkpoint.state_dict import (
 
 from ilmconvert.errors import CheckpointError
 
-__all__ = ["CHECKPOINT", "RunState", "full_weights", "read_state", "restore_", "write_state"]
+__all__ = ["CHECKPOINT", "JOURNAL", "RUN_FILES", "RunState", "full_weights", "read_state", "restore_", "write_state"]
 
 CHECKPOINT = "checkpoint.safetensors"
+JOURNAL = "recover.jsonl"
+_NEW = f".{CHECKPOINT}.new"
+RUN_FILES = (CHECKPOINT, _NEW, JOURNAL)
 _FULL = StateDictOptions(full_state_dict=True)
 
 
@@ -74,7 +77,7 @@ def write_state(
     if not main:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    beside = folder / f".{CHECKPOINT}.new"
+    beside = folder / _NEW
     apart = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     save_file(apart, str(beside), metadata={"progress": json.dumps(progress)})
     beside.replace(folder / CHECKPOINT)

@@ -24,7 +24,7 @@ from ilmconvert.training.objective import Objective, freeze_unreached_
 from ilmconvert.training.options import RecoverOptions
 from ilmconvert.training.processes import from_main, prepare
 from ilmconvert.training.result import Evaluation, Recovery, RecoveryReport, to_jsonl
-from ilmconvert.training.state import full_weights, read_state, restore_, write_state
+from ilmconvert.training.state import JOURNAL, full_weights, read_state, restore_, write_state
 from ilmconvert.training.stream import Batch, training_stream
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ class Trainer:
         main = self._accelerator.is_main_process
         write_state(folder, self._model, optimizer, self._best, progress, main=main)
         if main:
-            (folder / "recover.jsonl").write_text(to_jsonl(self._evaluations), encoding="utf-8")
+            (folder / JOURNAL).write_text(to_jsonl(self._evaluations), encoding="utf-8")
 
     def _result(self) -> Recovery:
         model = copy_model(self._converted)

@@ -11,7 +11,6 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 import ilmconvert
-from ilmconvert.errors import PlanError
 from ilmconvert.nn import ILMNorm
 from tests.helpers import relative, same_state
 
@@ -61,9 +60,10 @@ def test_parametrized_norm_stays_parametrized(kind: str, tmp_path: object) -> No
     assert torch.equal(again.model(x), conversion.model(x))
 
 
-def test_paper_mode_cannot_keep_it() -> None:
-    with pytest.raises(PlanError, match="the weight is parametrized"):
-        ilmconvert.convert(nn.Sequential(positive(nn.LayerNorm(C))), example_inputs=torch.randn(2, C), mode="paper")
+def test_paper_mode_leaves_it() -> None:
+    model = nn.Sequential(positive(nn.LayerNorm(C)), nn.LayerNorm(C))
+    report = ilmconvert.convert(model, example_inputs=torch.randn(2, C), mode="paper").report
+    assert [(d.path, d.code) for d in report.plan.decisions] == [("0", "parametrized"), ("1", None)]
 
 
 def test_parametrized_layers_around_a_norm_are_left_alone() -> None:
