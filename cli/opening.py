@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 
     from ilmconvert import Conversion
 
-__all__ = ["Opened", "Pair", "open_model", "open_pair", "open_teacher", "sample_inputs"]
+__all__ = ["Opened", "Pair", "open_model", "open_pair", "open_teacher", "original_norms", "sample_inputs"]
 
 
 class Opened(NamedTuple):
@@ -49,6 +50,8 @@ def open_model(
     from ilmconvert.checkpoint import is_saved, load_conversion, load_weights
     from ilmconvert.sources import build, is_factory
 
+    if pretrained and checkpoint is not None:
+        raise UsageError("expected --pretrained or --checkpoint, got both: either gives all weights")
     if is_saved(name):
         if pretrained or model_args:
             raise UsageError(
@@ -57,7 +60,7 @@ def open_model(
         conversion = load_conversion(name, trust_factory=trust_factory)
         source = conversion.source
         factory = source.name if source is not None and source.kind == "factory" else None
-        opened = Opened(conversion.revert(), factory, source.model_args if source and factory else {})
+        opened = Opened(original_norms(conversion), factory, source.model_args if source and factory else {})
     else:
         args = dict(model_args)
         model = build(name, pretrained=pretrained, model_args=args)
@@ -67,6 +70,17 @@ def open_model(
     return opened
 
 
+def original_norms(conversion: Conversion) -> nn.Module:
+    """The model with its original norms back, and a warning where that is not the original."""
+    if not conversion.has_original:
+        warnings.warn(
+            f"other weights of this {conversion.plan.model} than those of its ILM layers are not known to be the "
+            "original's (they were trained, say): with the original norms back, it is not the original",
+            stacklevel=2,
+        )
+    return conversion.revert()
+
+
 def open_pair(
     a: str,
     b: str | None,
@@ -74,6 +88,7 @@ def open_pair(
     pretrained: bool = False,
     model_args: tuple[tuple[str, Any], ...] = (),
     trust_factory: bool = False,
+    values: bool = False,
 ) -> Pair:
     """The two models that the arguments of ``diff`` mean; a saved conversion is what was converted.
 
@@ -81,6 +96,7 @@ def open_pair(
         a, b: timm names, saved folders or ``package.module:factory``; without ``b``, ``a`` is a saved folder, whose
             original norms are compared with it.
         pretrained, model_args, trust_factory: as :func:`open_model`, for those that are no saved folders.
+        values: what they compute is compared too.
     """
     from ilmconvert.checkpoint import is_saved, load_conversion
 
@@ -88,7 +104,16 @@ def open_pair(
         if not is_saved(a):
             raise UsageError(f"expected two models, or one folder saved by ilmconvert; got {a!r} alone")
         conversion = load_conversion(a, trust_factory=trust_factory)
-        return Pair(conversion.revert(), conversion.model, (f"{a} (original)", a))
+        title = "original" if conversion.has_original else "its original norms"
+        return Pair(original_norms(conversion), conversion.model, (f"{a} ({title})", a))
+
+    saved = [is_saved(name) for name in (a, b)]
+    if values and not all(saved) and not pretrained:
+        name = b if saved[0] else a
+        warnings.warn(
+            f"{name} has the weights it is built with, random ones without --pretrained, so values tell little",
+            stacklevel=2,
+        )
 
     def opened(name: str) -> nn.Module:
         import torch

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ilmconvert.timm_entry import when_timm_is_imported
 
 if TYPE_CHECKING:
-    from ilmconvert import checkpoint, errors, nn, norms
+    from ilmconvert import checkpoint, errors, images, metrics, nn, norms
     from ilmconvert.calibration import Calibration, calibrate
     from ilmconvert.checkpoint import load, load_conversion
     from ilmconvert.comparison import GraphDiff, diff
@@ -43,9 +43,11 @@ __all__ = [
     "convert_",
     "diff",
     "errors",
+    "images",
     "inspect",
     "load",
     "load_conversion",
+    "metrics",
     "nn",
     "norms",
     "parameter_groups",

@@ -52,6 +52,9 @@ class Conversion:
     source: Source | None = None
     fingerprint: str | None = None
 
+    def __repr__(self) -> str:
+        return f"<Conversion of {str(self.report).splitlines()[0]}>"
+
     @property
     def plan(self) -> Plan:
         """The decisions that were carried out."""
@@ -98,13 +101,18 @@ class Conversion:
         put_calls_back_(model, current.plan, originals)
         return replace_modules_(model, replacements)
 
+    @property
+    def has_original(self) -> bool:
+        """Whether nothing but the ILM layers is known to have changed since, so that :meth:`revert` is the original."""
+        return self.fingerprint is not None and _fingerprint(self.model) == self.fingerprint
+
     def original(self) -> nn.Module:
         """As :meth:`revert`, where that gives the original: nothing but the ILM layers was changed since.
 
         Raises:
             ModelError: other weights were changed, or it is not known whether they were.
         """
-        if self.fingerprint is not None and _fingerprint(self.model) == self.fingerprint:
+        if self.has_original:
             return self.revert()
         state = "not known to be" if self.fingerprint is None else "not"
         raise ModelError(

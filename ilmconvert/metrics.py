@@ -93,6 +93,11 @@ class _Sums:
         summed(self._sums)
         return self
 
+    @property
+    def answers(self) -> int:
+        """How many there were."""
+        return int(self._sums[0])
+
     def _means(self) -> tuple[int, list[float]]:
         answers, *sums = self._sums.tolist()
         if not answers:
@@ -131,8 +136,8 @@ class Comparison(_Sums):
         Raises:
             ModelError: nothing was compared.
         """
-        answers, means = self._means()
-        return Similarity(answers, *means)
+        answers, (agreement, top5, kl, cosine) = self._means()
+        return Similarity(answers, agreement, top5, max(kl, 0.0), cosine)  # rounding may bring it below 0
 
 
 class Scoring(_Sums):

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from ilmconvert.finite import all_finite, not_finite
 from ilmconvert.norms.batch import is_untrained
 from ilmconvert.plan import Decision, Plan
 
@@ -23,17 +24,21 @@ class Report:
         plan: the decisions.
         parameters: parameters of the original model.
         untrained: paths of converted norms that had the running statistics of an untrained network.
+        not_finite: paths of converted norms with NaN or infinity in their tensors.
     """
 
     plan: Plan
     parameters: int
     untrained: tuple[str, ...] = ()
+    not_finite: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, plan: Plan, parameters: int, norms: Mapping[str, nn.Module]) -> Report:
         """The account of a plan; ``norms`` are those to convert, by path."""
         kept = [d.path for d in plan.converted if d.target is not None and d.target.mode == "preserve"]
-        return cls(plan, parameters, tuple(path for path in kept if path in norms and is_untrained(norms[path])))
+        untrained = tuple(path for path in kept if path in norms and is_untrained(norms[path]))
+        bad = () if all_finite(norms.values()) else tuple(path for path, norm in norms.items() if not_finite(norm))
+        return cls(plan, parameters, untrained, bad)
 
     @property
     def converted(self) -> tuple[Decision, ...]:
@@ -84,6 +89,16 @@ class Report:
         notes = self.plan.notes
         if idle:
             notes = (f"{plural(len(idle), 'norm')} did not run in the model's current mode: {_some(idle)}", *notes)
+        if self.plan.decisions and not self.converted:
+            notes = ("no norm was converted", *notes)
+        elif not self.plan.decisions:
+            notes = ("the model has no norm to convert", *notes)
+        if self.not_finite:
+            notes = (
+                f"{plural(len(self.not_finite), 'norm')} with NaN or infinity ({_some(self.not_finite)}), from which "
+                "no layer can start: load other weights",
+                *notes,
+            )
         if self.untrained:
             notes = (
                 f"{plural(len(self.untrained), 'norm')} with the running statistics of an untrained network "
@@ -125,6 +140,7 @@ class Report:
             "added_percent": round(self.added_percent, 4),
             "adjusted": {d.path: list(d.notes) for d in self.converted if d.notes},
             "untrained": list(self.untrained),
+            "not_finite": list(self.not_finite),
             "untraced": self.plan.untraced,
             "warnings": list(self.warnings),
         }

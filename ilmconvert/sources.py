@@ -104,8 +104,8 @@ def _pretrained(name: str, args: dict[str, Any]) -> nn.Module:
             return timm.create_model(name, pretrained=True, **args)  # type: ignore[no-any-return]
     except Exception as error:
         raise IlmconvertError(
-            f"could not load the pretrained weights of {name!r}: {_brief(error)}. Check the connection, or download "
-            "the file yourself and give it with --checkpoint FILE"
+            f"could not load the pretrained weights of {name!r}: {_brief(error).rstrip('.')}. Check the connection, or "
+            "download the file yourself and give it as a checkpoint (--checkpoint FILE, or --teacher-checkpoint FILE)"
         ) from error
 
 

@@ -361,3 +361,50 @@ def test_an_error_leaves_the_model_as_it_was() -> None:
         rewrite(model, plan, in_place=True)
     assert same_state(model, before)
     assert [type(m) for m in model.modules()] == [type(m) for m in before.modules()]
+
+
+class Shared(nn.Module):
+    """Two norms with one scale, and one norm under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.LayerNorm(8), nn.LayerNorm(8)
+        self.second.weight = self.first.weight
+        self.alias = self.first
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.alias(self.second(self.first(x)))
+
+
+def test_reverted_norms_stay_tied_to_what_was_not_converted() -> None:
+    conversion = ilmconvert.convert(Shared(), example_inputs=torch.randn(2, 8), exclude="second")
+    with torch.no_grad():
+        conversion.model.second.weight.mul_(2)
+    reverted = conversion.revert()
+    assert reverted.first.weight is reverted.second.weight
+    assert torch.equal(reverted.first.weight, torch.full((8,), 2.0))
+
+
+@pytest.mark.parametrize("name", ["first", "alias"])
+def test_only_names_that_still_hold_the_layer_are_reverted(name: str) -> None:
+    conversion = ilmconvert.convert(Shared(), example_inputs=torch.randn(2, 8))
+    setattr(conversion.model, name, nn.Identity())
+    reverted = conversion.revert()
+    kinds = {n: type(getattr(reverted, n)) for n in ("first", "alias")}
+    assert kinds == {"first": nn.LayerNorm, "alias": nn.LayerNorm} | {name: nn.Identity}
+
+
+def test_what_is_no_number_or_no_norm_is_said() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    model[1].running_var[2] = float("nan")
+    conversion = ilmconvert.convert(model)
+    assert conversion.report.not_finite == ("1",)
+    assert any("1 norm with NaN or infinity (1)" in warning for warning in conversion.report.warnings)
+    assert "the model has no norm to convert" in ilmconvert.convert(conversion.model).report.warnings
+    assert "no norm was converted" in ilmconvert.convert(model, norms="layer").report.warnings
+    assert repr(conversion) == "<Conversion of Sequential: 1 norm converted, 0 skipped>"
+
+
+def test_a_compiled_model_is_refused() -> None:
+    with pytest.raises(ModelError, match="not compiled yet"):
+        ilmconvert.convert(torch.compile(small_cnn()))

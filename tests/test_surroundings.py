@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from functools import partial
+from pathlib import Path
 
 import pytest
 import timm
@@ -196,3 +197,19 @@ def test_a_norm_run_by_its_bound_method_is_no_idle_one() -> None:
     assert conversion.report.warnings == ()
     nn.init.constant_(conversion.model.norm.bias, 2.0)
     assert torch.allclose(conversion.model(x), nn.functional.layer_norm(x, (8,)) + 2, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")  # the exporters' own
+@pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "older"])
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext"])
+def test_onnx_gives_the_same(name: str, dynamo: bool, tmp_path: Path) -> None:
+    """The layouts of samples, tokens and positions, in onnxruntime."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = ilmconvert.convert(timm.create_model(name)).model.eval()
+    for layer in (m for m in model.modules() if isinstance(m, ILMNorm)):
+        nn.init.normal_(layer.predictor.shift_decoder.weight, std=0.1)
+    x = torch.randn(2, *model.pretrained_cfg["input_size"])
+    torch.onnx.export(model, (x,), str(tmp_path / "model.onnx"), dynamo=dynamo)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert relative(model(x).detach(), torch.from_numpy(y)) < 1e-5

@@ -149,3 +149,29 @@ def test_what_is_no_model_with_values_is_refused(give: Callable[[nn.Module], obj
     model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
     with pytest.raises(UsageError, match=message):
         ilmconvert.verify(model, give(model), torch.randn(2, 8))
+
+
+class Noisy(nn.Module):
+    """Changes its input in place, and draws random numbers in evaluation too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.conv(x.div_(2)))
+        return x + torch.rand_like(x)
+
+
+def test_models_that_change_their_input_or_draw_random_numbers() -> None:
+    model, x = Noisy(), torch.randn(2, 3, 16, 16)
+    before = x.clone()
+    result = ilmconvert.verify(model, ilmconvert.convert(model, example_inputs=x).model, x)
+    assert result.passed
+    assert result.relative_difference < 1e-6
+    assert torch.equal(x, before)
+
+
+def test_complex_outputs_are_compared_whole() -> None:
+    assert relative_difference([torch.tensor([3.0 + 4.0j])], [torch.tensor([3.0 - 1.0j])]) == pytest.approx(1.0)
+    assert relative_difference([torch.tensor([3.0 + 4.0j])], [torch.tensor([5.0])]) == float("inf")

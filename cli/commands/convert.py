@@ -91,7 +91,7 @@ def convert(
         return
     records = calibrated.records() if calibrated else None
     save(conversion, output, factory=opened.factory, model_args=opened.model_args, force=force, records=records)
-    _print_result(conversion, calibrated, output, as_json)
+    _print_result(conversion, calibrated, output, input_size, as_json)
 
 
 def _read_plan(file: Path, context: click.Context) -> Plan:
@@ -116,7 +116,13 @@ def _print_dry_run(report: Report, as_json: bool) -> None:
     print_summary(report, would=True)
 
 
-def _print_result(conversion: Conversion, calibrated: Calibrated | None, output: Path, as_json: bool) -> None:
+def _print_result(
+    conversion: Conversion,
+    calibrated: Calibrated | None,
+    output: Path,
+    input_size: tuple[int, ...] | None,
+    as_json: bool,
+) -> None:
     from ilmconvert_cli.render.calibration import print_calibration
     from ilmconvert_cli.render.report import print_saved, print_summary
 
@@ -127,4 +133,4 @@ def _print_result(conversion: Conversion, calibrated: Calibrated | None, output:
     print_summary(conversion.report)
     if calibrated:
         print_calibration(calibrated.report, calibrated.broken)
-    print_saved(output)
+    print_saved(output, input_size)

@@ -110,7 +110,7 @@ def recover(
     if main:
         _save(conversion, recovery, output, force)
         shutil.rmtree(run)
-        _print_result(recovery, output, as_json)
+        _print_result(recovery, output, wanted.input_size, as_json)
 
 
 def _run_folder(output: Path, *, resume: bool, force: bool) -> Path:
@@ -124,6 +124,8 @@ def _run_folder(output: Path, *, resume: bool, force: bool) -> Path:
             f"expected {str(run)!r} for the state of the run, but there is something else: "
             f"{', '.join(foreign[:5]) or 'a file'}. Choose another folder to save in"
         )
+    if resume and not run.exists():
+        raise UsageError(f"expected a run to go on with in {str(run)!r}, found none; leave out --resume to begin one")
     if run.exists() and not (resume or force):
         raise OutputExistsError(
             f"expected no run that was broken off, but {str(run)!r} exists; go on with --resume, or give --force to "
@@ -183,7 +185,7 @@ def _save(conversion: Conversion, recovery: Recovery, output: Path, force: bool)
     save(replace(conversion, model=recovery.model), output, force=force, records=records(recovery.report))
 
 
-def _print_result(recovery: Recovery, output: Path, as_json: bool) -> None:
+def _print_result(recovery: Recovery, output: Path, input_size: tuple[int, ...] | None, as_json: bool) -> None:
     from ilmconvert_cli.render.recovery import print_recovery
     from ilmconvert_cli.render.report import print_saved
 
@@ -191,4 +193,4 @@ def _print_result(recovery: Recovery, output: Path, as_json: bool) -> None:
         click.echo(to_json({"output": str(output), **recovery.report.to_dict()}))
         return
     print_recovery(recovery.report)
-    print_saved(output)
+    print_saved(output, input_size)

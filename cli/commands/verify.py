@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from ilmconvert_cli.opening import sample_inputs
+from ilmconvert_cli.opening import original_norms, sample_inputs
 from ilmconvert_cli.options import Number, input_size_option, json_option, trust_factory_option
 
 from ilmconvert.jsonable import to_json
@@ -38,7 +38,7 @@ def verify(
 
     conversion = ilmconvert.load_conversion(folder, trust_factory=trust_factory)
     inputs = sample_inputs(conversion.model, input_size)
-    result = ilmconvert.verify(conversion.revert(), conversion.model, inputs, tolerance=tolerance)
+    result = ilmconvert.verify(original_norms(conversion), conversion.model, inputs, tolerance=tolerance)
     if as_json:
         click.echo(to_json(result.to_dict()))
     else:

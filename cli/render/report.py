@@ -70,10 +70,11 @@ def print_summary(report: Report, *, would: bool = False) -> None:
         out.print(f"[bold yellow]warning:[/] {escape(warning)}", soft_wrap=not out.is_terminal)
 
 
-def print_saved(folder: Path) -> None:
+def print_saved(folder: Path, input_size: tuple[int, ...] | None = None) -> None:
     """Where the result is and what to do with it."""
     out, source = stdout(), saved_source(folder)
-    trust = " --trust-factory" if source is not None and source.kind == "factory" else ""
+    options = " --trust-factory" if source is not None and source.kind == "factory" else ""
+    options += f" --input-size {','.join(map(str, input_size))}" if input_size else ""
     out.print(f"\nsaved to {folder}", markup=False)
-    out.print(f"  check it: ilmconvert verify {shlex.quote(str(folder))}{trust}", markup=False, soft_wrap=True)
+    out.print(f"  check it: ilmconvert verify {shlex.quote(str(folder))}{options}", markup=False, soft_wrap=True)
     out.print(f"  use it:   model = {load_call(str(folder), source)}", markup=False, soft_wrap=True)

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ilmconvert.errors import ModelError
 from ilmconvert.nn import ILMNorm
 from ilmconvert.nn.functional import canonical, group_moments, key_features, predict, standardize
 from ilmconvert.processes import summed
@@ -111,6 +112,9 @@ def fit_(layer: ILMNorm, samples: Samples, *, ridge: float = RIDGE) -> Fit:
         layer: the layer; without gains, weight and bias alone are fitted.
         samples: of this process; sums are added up over all processes where ``torch.distributed`` runs.
         ridge: pull towards the start, as a share of each column's energy.
+
+    Raises:
+        ModelError: activations that are not finite.
     """
     moments, sums, size = samples.together()
     start = _coefficients(layer)
@@ -118,6 +122,8 @@ def fit_(layer: ILMNorm, samples: Samples, *, ridge: float = RIDGE) -> Fit:
         _detect_(layer, moments)
         start[:, 1:3] = 0
     equations, right, energy = _normal_equations(layer, moments, sums, size)
+    if not (equations.isfinite().all() and right.isfinite().all()):
+        raise ModelError("expected finite activations to fit a layer to, got others")
     count = summed(torch.tensor(float(len(size)), dtype=torch.float64, device=size.device))
     active = [i for i, column in enumerate(_columns(layer)) if column is not None]
     spread = energy - right[:, 3] ** 2 / equations[:, 3, 3].clamp_min(1)

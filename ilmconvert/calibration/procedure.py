@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from ilmconvert.calibration.fitting import RIDGE, Samples, bare_norm, fit_
 from ilmconvert.calibration.lockstep import Program, Visit, Walk, Walks
 from ilmconvert.calibration.report import CalibrationReport, SiteCalibration
 from ilmconvert.errors import ModelError, UsageError
+from ilmconvert.finite import told_not_finite
 from ilmconvert.graph.inputs import Inputs, check_model, example_inputs, first_tensor, same_noise
 from ilmconvert.graph.shadow import copy_model
+from ilmconvert.images import image_batches
 from ilmconvert.metrics import Comparison, Similarity, logits_of
 from ilmconvert.nn import ILMNorm
 from ilmconvert.norms import Entry, find
@@ -23,6 +26,7 @@ from ilmconvert.norms import Entry, find
 __all__ = ["MEMORY", "Calibration", "calibrate"]
 
 MEMORY = 2 << 30
+_ROUNDING = 1e-7  # nats: a KL of float32 logits tells no less
 Progress = Callable[[str, int, int], None]
 
 
@@ -42,9 +46,9 @@ class Calibration:
 def calibrate(
     original: nn.Module,
     converted: nn.Module,
-    batches: Iterable[Any],
+    batches: str | Path | Iterable[Any],
     *,
-    held_out: Iterable[Any] | None = None,
+    held_out: str | Path | Iterable[Any] | None = None,
     memory: int = MEMORY,
     ridge: float = RIDGE,
     progress: Progress | None = None,
@@ -63,16 +67,17 @@ def calibrate(
     Args:
         original: the model before the conversion; left as it is.
         converted: its conversion; left as it is.
-        batches: inputs without labels: tensors ``(B, *)``, or tuples or dicts of arguments. The result does not depend
-            on how the images are cut into batches.
+        batches: inputs without labels: tensors ``(B, *)``, or tuples or dicts of arguments; or a folder of images, of
+            which all are taken (:func:`ilmconvert.images.image_batches` takes some). The result does not depend on how
+            the images are cut into batches.
         held_out: further batches, to compare the two models on; without them, they are compared on ``batches``.
         memory: bytes of activations to hold between two layers; what exceeds it waits on disk.
         ridge: how much the fit is pulled towards the start, as a share of each term's energy.
         progress: called with (what, done, total).
 
     Raises:
-        UsageError: no batches, nothing to calibrate, or what is given is no model.
-        ModelError: the two models do not run the same norms, or return no logits.
+        UsageError: no batches, no folder, nothing to calibrate, or what is given is no model.
+        ModelError: the two models do not run the same norms, return no logits, or give values that are not finite.
 
     Example:
         >>> import ilmconvert, torch
@@ -85,6 +90,10 @@ def calibrate(
     """
     for model in (original, converted):
         check_model(model)
+    if not memory >= 0:
+        raise UsageError(f"expected memory of at least 0 bytes, got {memory!r}")
+    batches = _opened(batches, original)
+    held_out = None if held_out is None else _opened(held_out, original)
     given = list(batches) if iter(batches) is batches else batches
     teacher, student = copy_model(original).eval(), copy_model(converted).eval()
     layers, left = _layers(teacher, student)
@@ -110,7 +119,7 @@ def calibrate(
     with Walks(programs, inputs, memory) as walks:
         run.lockstep(walks)
     was, now = _compare(teacher, student, layers, before, inputs if held_out is None else _Prepared(held_out, teacher))
-    worse = not now.kl <= was.kl
+    worse = not now.kl <= was.kl + _ROUNDING
     if worse:
         _load(layers, before)
     report = CalibrationReport(
@@ -132,7 +141,7 @@ def calibrate(
 @torch.no_grad()
 def _check_batch(model: nn.Module, batch: Inputs) -> None:
     try:
-        batch(model)
+        tensors = batch.outputs(model)
     except Exception as error:  # a forward pass may raise anything
         shapes = ", ".join(str(tuple(v.shape)) for v in batch.args if isinstance(v, Tensor)) or "no tensors"
         raise UsageError(
@@ -140,6 +149,15 @@ def _check_batch(model: nn.Module, batch: Inputs) -> None:
             f"arguments, without labels ((x for x, _ in loader)); the first, {shapes}, ends in "
             f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         ) from error
+    if any(t.is_floating_point() and not t.isfinite().all() for t in tensors):
+        raise ModelError(
+            f"expected an original with finite outputs, but those of {type(model).__name__} are not; "
+            f"{told_not_finite(model) or 'all of its tensors are, so look at the images'}"
+        )
+
+
+def _opened(batches: str | Path | Iterable[Any], model: nn.Module) -> Iterable[Any]:
+    return image_batches(batches, model) if isinstance(batches, (str, Path)) else batches
 
 
 class _Prepared:

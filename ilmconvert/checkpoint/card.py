@@ -20,8 +20,15 @@ def load_call(folder: str, source: Source | None) -> str:
     return f'ilmconvert.load("{folder}"{", trust_factory=True" if source.kind == "factory" else ""})'
 
 
-def model_card(conversion: Conversion, source: Source | None) -> str:
-    """Markdown with Hugging Face front matter: what the model is, how to load it, what was converted."""
+def model_card(conversion: Conversion, source: Source | None, *, worked_on: bool = False) -> str:
+    """Markdown with Hugging Face front matter: what the model is, how to load it, what was converted.
+
+    Args:
+        conversion, source: the model, and how its original is built.
+        worked_on: it was calibrated or trained since, so that warnings about its start are over.
+    """
+    rest = "Everything else is the original." if conversion.has_original else "It was trained since."
+    report = [line for line in str(conversion.report).splitlines() if not (worked_on and "warning:" in line)]
     name = source.name if source else conversion.plan.model
     front = ["library_name: timm"] if source and source.kind == "timm" else []
     lines = [
@@ -35,7 +42,7 @@ def model_card(conversion: Conversion, source: Source | None) -> str:
         f"# {name}, converted to ILM-Norm",
         "",
         "The normalization layers of this model were replaced by Instance-Level Meta Normalization (Jia, Chen and",
-        "Chen, CVPR 2019) with ilmconvert. Everything else is the original.",
+        f"Chen, CVPR 2019) with ilmconvert. {rest}",
         "",
         "```python",
         "import ilmconvert",
@@ -45,7 +52,7 @@ def model_card(conversion: Conversion, source: Source | None) -> str:
         "## Report",
         "",
         "```text",
-        str(conversion.report),
+        *report,
         "```",
         "",
     ]

@@ -36,7 +36,7 @@ from ilmconvert.errors import CheckpointError, IlmconvertError, NotFoundError, O
 from ilmconvert.plan import Plan
 from ilmconvert.report import Report
 from ilmconvert.rewrite import rewrite
-from ilmconvert.sources import Source, build
+from ilmconvert.sources import Source, build, is_factory
 
 __all__ = [
     "FORMAT_VERSION",
@@ -101,17 +101,20 @@ def save(
 
     Raises:
         OutputExistsError: the folder exists, and either ``force`` is False or it holds something else.
-        CheckpointError: the model has state that safetensors cannot write, or a record has another name.
+        CheckpointError: the model has state that safetensors cannot write, a record has another name, or ``factory``
+            is no such name.
 
     Warns:
         UserWarning: a timm model that its name does not rebuild (changed by hand, or built with arguments that are no
             JSON values).
     """
+    if factory is not None and not is_factory(factory):
+        raise CheckpointError(f"expected package.module:factory, got {factory!r}")
     if unknown := sorted(set(records or {}) - set(RECORDS)):
         raise CheckpointError(f"expected records among {', '.join(RECORDS)}, got {', '.join(unknown)}")
     conversion = conversion.current()
     source = Source("factory", factory, model_args or {}) if factory else _trusted(conversion)
-    plan, card = conversion.plan.to_json(), model_card(conversion, source)
+    plan, card = conversion.plan.to_json(), model_card(conversion, source, worked_on=bool(records))
     config = _json(_config(conversion, source))
     with write_beside(path, force=force) as folder:
         _write_weights(conversion, folder)
@@ -191,7 +194,9 @@ def check_target(path: str | Path, *, force: bool) -> Path:
     if not target.exists():
         return target
     if not force:
-        raise OutputExistsError(f"expected a new folder, but {str(target)!r} exists; choose another or give --force")
+        raise OutputExistsError(
+            f"expected a new folder, but {str(target)!r} exists; choose another, or give --force (force=True)"
+        )
     foreign = [str(path)] if target.is_file() else sorted(p.name for p in target.iterdir() if p.name not in FILES)
     if foreign or (any(target.iterdir()) and not is_saved(target)):
         raise OutputExistsError(

@@ -36,8 +36,19 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             f"reading it failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
         ) from error
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise CheckpointError(f"expected tensors by name in {str(file)!r}, got something else")
+        raise CheckpointError(f"expected tensors by name in {str(file)!r}, got {_told(state)}")
     return state
+
+
+def _told(state: Any) -> str:
+    """What a file holds instead of a state dict, and how to get at one inside of it."""
+    if not isinstance(state, dict):
+        return type(state).__name__
+    inside = [
+        k for k, v in state.items() if isinstance(v, dict) and v and all(isinstance(t, Tensor) for t in v.values())
+    ]
+    hint = f"; save the entry by itself: torch.save(torch.load(file)[{inside[0]!r}], new_file)" if inside else ""
+    return f"a dict of {', '.join(map(repr, list(state)[:5])) or 'nothing'}{hint}"
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
@@ -75,4 +86,6 @@ def check_keys(wanted: dict[str, Tensor], given: dict[str, Tensor], where: str) 
             more = f" and {len(names) - 4} more" if len(names) > 4 else ""
             problems.append(f"{title}: {', '.join(names[:4])}{more}")
     if problems:
-        raise CheckpointError(f"the weights in {where!r} do not fit the model; {'; '.join(problems)}")
+        prefix = next((k[: -len(w)] for w in list(wanted)[:1] for k in given if k.endswith(f".{w}")), "")
+        hint = f". Its names begin with {prefix!r}: remove that from them" if prefix else ""
+        raise CheckpointError(f"the weights in {where!r} do not fit the model; {'; '.join(problems)}{hint}")

@@ -92,13 +92,16 @@ def example_inputs(
         make: makes a tensor of a size instead, where values do not matter.
 
     Raises:
-        UsageError: ``given`` is none of those.
+        UsageError: ``given`` is none of those, or a size that has not the dimensions and channels of the declared one.
     """
     if given is not None:
         return _wrap(given)
-    size = input_size or _declared_size(model)
+    declared = _declared_size(model)
+    size = input_size or declared
     if size is None:
         return None
+    if declared and (len(size) != len(declared) or size[0] != declared[0]):
+        raise UsageError(f"expected an input size like {declared} for {type(model).__name__}, got {tuple(size)}")
     like = first_tensor(model)
     device, dtype = (None, None) if like is None else (like.device, like.dtype)
     x = (make or _normal)(batch_size, *size)

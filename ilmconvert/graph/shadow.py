@@ -24,7 +24,7 @@ __all__ = ["copied_together", "copy_model", "refuse_opaque", "shadow"]
 
 
 def refuse_opaque(model: nn.Module) -> None:
-    """Raise for what cannot be looked into or replaced: TorchScript, parameters without a shape, DDP.
+    """Raise for what cannot be looked into or replaced: TorchScript, compiled modules, DDP, parameters without a shape.
 
     Raises:
         ModelError: naming the first such module or parameter.
@@ -34,6 +34,11 @@ def refuse_opaque(model: nn.Module) -> None:
             raise ModelError(
                 f"expected Python modules, got TorchScript at {name!r}, whose norms cannot be seen; convert the model "
                 "before scripting it"
+            )
+        if (kind := type(module)).__name__ == "OptimizedModule" and kind.__module__.startswith("torch._dynamo"):
+            raise ModelError(
+                f"expected a model that is not compiled yet, got torch.compile's module at {name!r}; convert what was "
+                "compiled (its _orig_mod), then compile the result"
             )
         if isinstance(module, nn.parallel.DistributedDataParallel):
             raise ModelError(

@@ -66,7 +66,9 @@ def _decoders_backward(d: Tensor, hidden: Tensor, decoders: Tensor) -> tuple[Ten
     """Gradients of the embeddings and of both decoders."""
     blocks = hidden.shape[1] // decoders.shape[2]
     if blocks == 1:
-        return torch.bmm(decoders.mT, d.mT), torch.bmm(hidden, d).mT
+        d_decoders = torch.bmm(hidden, d)  # (2, e, K)
+        one = 1 in d_decoders.shape[1:]  # then a view has the strides of a parameter, which DDP's buckets ask for
+        return torch.bmm(decoders.mT, d.mT), d_decoders.view(decoders.shape) if one else d_decoders.mT
     d, hidden = d.unflatten(2, (blocks, -1)), hidden.unflatten(1, (blocks, -1))
     d_hidden = torch.einsum("nmbo,nboi->nbim", d, decoders.unflatten(1, (blocks, -1)))
     return d_hidden.flatten(1, 2), torch.einsum("nmbo,nbim->nboi", d, hidden).flatten(1, 2)

@@ -163,7 +163,8 @@ def standardize(x: Tensor, shape: tuple[int, ...], groups: int, how: Standardiza
             return torch.group_norm(x, groups, None, None, eps)
         if how.layout == "token":
             return F.layer_norm(x, shape, None, None, eps)
-        return F.layer_norm(x.movedim(1, -1), shape, None, None, eps).movedim(-1, 1)
+        last = x.ndim - 1  # torch's older ONNX exporter takes no negative one
+        return F.layer_norm(x.movedim(1, last), shape, None, None, eps).movedim(last, 1)
     flat = canonical(x, how.layout, shape)
     grouped = _grouped(flat, groups)
     if how.scale_by == "rms":
@@ -217,8 +218,8 @@ def decode(
     """
     blocks = features.shape[2] // encoder.shape[1]
     if blocks == 1:
-        hidden = torch.relu(torch.bmm(encoder.expand(2, -1, -1), features.mT))
-        return hidden, tanh(torch.bmm(hidden.mT, decoders.mT))
+        hidden = torch.relu(torch.bmm(encoder.expand(2, -1, -1), features.transpose(-1, -2)))
+        return hidden, tanh(torch.bmm(hidden.transpose(-1, -2), decoders.transpose(-1, -2)))
     cut = encoder.unflatten(0, (blocks, -1))
     hidden = torch.relu(torch.einsum("nmbi,boi->nbom", features.unflatten(2, (blocks, -1)), cut))
     z = torch.einsum("nbim,nboi->nmbo", hidden, decoders.unflatten(1, (blocks, -1)))
@@ -283,10 +284,10 @@ def rescaling(x: Tensor, parameters: Parameters, config: Config) -> tuple[Tensor
         return parameter.reshape(1, channels, -1)
 
     def per_channel(prediction: Tensor, gain: Tensor | None) -> Tensor:
-        channelwise = prediction.reshape(mean.shape).repeat_interleave(channels // keys, dim=2).mT
+        channelwise = prediction.reshape(mean.shape).repeat_interleave(channels // keys, dim=2).transpose(-1, -2)
         return channelwise if gain is None else channelwise * per_element(gain)
 
-    mean, var = (feature.squeeze(2).mT for feature in group_moments(x, keys, config.how))
+    mean, var = (feature.squeeze(2).transpose(-1, -2) for feature in group_moments(x, keys, config.how))
     eps = torch.finfo(x.dtype).eps if config.how.eps is None else config.how.eps
     rows = (mean.shape[0] * mean.shape[1], keys)
     spread = var if parameters.key_center is None else (var + eps).sqrt()

@@ -60,12 +60,14 @@ class Judge:
         """The figures of a model, which is in evaluation mode afterwards.
 
         Raises:
-            ModelError: no held-out image can be read, or the outputs are no logits.
-            UsageError: the classes are not those of the model.
+            ModelError: the outputs are no logits.
+            UsageError: no held-out image can be read, or the classes are not those of the model.
         """
         model.eval()
         comparison, scoring = Comparison(self._device), Scoring(self._device)
+        broken: dict[str, str] = {}
         for number, batch in enumerate(self._loader):
+            broken |= batch.broken
             self._on_broken(batch.broken)
             if batch.images is None:
                 continue
@@ -74,7 +76,14 @@ class Judge:
                 comparison.update(self._reference(number, batch.images).to(got.device), got)
             else:
                 scoring.update(got, self._labels(batch, got).to(got.device))
-        return (scoring if self._original is None else comparison).reduce().result()
+        sums = (scoring if self._original is None else comparison).reduce()
+        if not sums.answers:
+            told = "; ".join(f"{file}: {reason}" for file, reason in list(broken.items())[:3])
+            raise UsageError(
+                f"expected readable images to measure on, but no held-out one can be ({told or 'there are none'}); "
+                "hold out more (held_out), or give others (held_out_images)"
+            )
+        return sums.result()
 
     def _reference(self, number: int, images: Tensor) -> Tensor:
         if self._original is None:

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ilmconvert.errors import CheckpointError
+from ilmconvert.errors import CheckpointError, ModelError
 from ilmconvert.fingerprint import fingerprint
+from ilmconvert.finite import told_not_finite
 from ilmconvert.graph.shadow import copy_model
+from ilmconvert.metrics import Similarity
 from ilmconvert.nn import ILMNorm
 from ilmconvert.processes import from_all
 from ilmconvert.training.data import ImageData
@@ -152,6 +154,10 @@ class Trainer:
         began = time.monotonic()
         self._candidate.load_state_dict(full_weights(self._model))
         measured = self._judge(self._candidate)
+        if not self._evaluations and not math.isfinite(
+            measured.kl if isinstance(measured, Similarity) else measured.loss
+        ):
+            raise ModelError(_no_numbers(self._objective.original, self._candidate))
         mean = None if loss is None else float(self._accelerator.reduce(loss, "mean"))
         epoch = self._step * self._options.batch_size / len(self._data.train)  # type: ignore[arg-type]
         evaluation = Evaluation(self._step, epoch, self._seconds(), lr, mean, measured)
@@ -253,3 +259,11 @@ def _widened(model: nn.Module) -> nn.Module:
 def _plain(data: dict[str, Any]) -> dict[str, Any]:
     """As JSON gives it back: tuples become lists."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in data.items()}
+
+
+def _no_numbers(original: nn.Module | None, converted: nn.Module) -> str:
+    """Why there is nothing to train towards, or from."""
+    models = {"the original": original, "the converted model": converted}
+    told = [f"{who}: {why}" for who, model in models.items() if model is not None and (why := told_not_finite(model))]
+    where = "; ".join(told) or "all of their tensors are, so look at the images"
+    return f"expected models with finite answers at the start, but they are not ({where})"

@@ -237,3 +237,54 @@ def test_batches_that_the_model_cannot_take_are_one_clear_error() -> None:
     converted = ilmconvert.convert(original, gains=False).model
     with pytest.raises(UsageError, match=r"without labels .* the first, \(4, 3, 8, 8\), \(4,\), ends in TypeError"):
         ilmconvert.calibrate(original, converted, [(torch.randn(4, 3, 8, 8), torch.zeros(4))])
+
+
+class InPlace(nn.Module):
+    """Changes its own input, draws random numbers, and is called again from its start for each norm in it."""
+
+    def __init__(self, inner: nn.Module, changes: bool) -> None:
+        super().__init__()
+        self.inner, self.head, self.changes = inner, nn.Linear(5, 5), changes
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.add_(0.5) if self.changes else x + 0.5
+        y = self.inner(x) if x.sum() < 1e9 else x  # torch.fx cannot follow it
+        return self.head(y + 1e-3 * torch.rand_like(y))
+
+
+def test_models_that_change_their_input_or_draw_random_numbers_are_calibrated_alike() -> None:
+    torch.manual_seed(0)
+    inner, x = trained(network(2), images()), images()
+    plain, changing = (InPlace(inner, changes).eval() for changes in (False, True))
+    changing.head = plain.head
+    given = x.clone()
+    reports = [
+        ilmconvert.calibrate(model, ilmconvert.convert(model, gains=False).model, [given]).report
+        for model in (plain, changing)
+    ]
+    assert torch.equal(given, x)
+    assert reports[0].after.kl < 0.7 * reports[0].before.kl
+    assert reports[1].before.kl == pytest.approx(reports[0].before.kl, rel=1e-4)
+    assert reports[1].after.kl == pytest.approx(reports[0].after.kl, rel=1e-4)
+
+
+def test_a_layer_without_shift_is_fitted_for_what_it_has() -> None:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(8).eval()
+    norm.running_mean.normal_()
+    layer = ILMNorm(8, 1, bias=False)
+    x = 2 + torch.randn(32, 8, 5, 5)
+    samples = Samples()
+    samples.add(layer, x, norm(x))
+    fit = fit_(layer, samples)
+    left = (norm(x) - layer(x)).square().sum()
+    explained = 1 - left / (norm(x) - norm(x).mean((0, 2, 3), keepdim=True)).square().sum()
+    assert fit.explained_after == pytest.approx(explained.item(), abs=1e-4)
+
+
+def test_an_original_without_numbers_is_refused() -> None:
+    model = network(2).eval()
+    converted = ilmconvert.convert(model).model
+    model[0].weight.data[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ModelError, match=r"it holds NaN or infinity in 0.weight"):
+        ilmconvert.calibrate(model, converted, [images()])

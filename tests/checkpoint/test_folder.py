@@ -161,7 +161,7 @@ def test_nothing_is_overwritten_without_force(tmp_path: Path) -> None:
     conversion = ilmconvert.convert(small_cnn())
     folder = conversion.save(tmp_path / "saved")
     before = (folder / "model.safetensors").stat().st_mtime_ns
-    with pytest.raises(OutputExistsError, match="exists; choose another or give --force"):
+    with pytest.raises(OutputExistsError, match="exists; choose another, or give --force"):
         conversion.save(folder)
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
     assert conversion.save(folder, force=True) == folder
@@ -315,3 +315,20 @@ def test_trained_activation_is_not_overwritten_by_the_original_norms(tmp_path: P
     loaded = ilmconvert.load_conversion(folder, model=nn.Sequential(norm))
     assert loaded.model[0].act.weight.item() == pytest.approx(0.7)
     assert loaded.revert()[0].act.weight.item() == pytest.approx(0.7)
+
+
+def test_a_factorys_model_with_another_head_is_saved_with_a_warning(tmp_path: Path) -> None:
+    folder = ilmconvert.convert(small_cnn()).save(tmp_path / "saved", factory="tests.models:small_cnn")
+    conversion = ilmconvert.load_conversion(folder, trust_factory=True)
+    last = [name for name, m in conversion.model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))][-1]
+    conversion.model.set_submodule(last, nn.Conv2d(3, 7, 5))
+    with pytest.warns(UserWarning, match=r"load\(\) will need model="):
+        changed = conversion.save(tmp_path / "changed")
+    with pytest.raises(CheckpointError, match="model="):
+        ilmconvert.load(changed, trust_factory=True)
+
+
+def test_a_factory_has_a_module_and_a_name(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="expected package.module:factory, got 'factory'"):
+        ilmconvert.convert(small_cnn()).save(tmp_path / "saved", factory="factory")
+    assert not (tmp_path / "saved").exists()

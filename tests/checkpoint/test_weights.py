@@ -65,3 +65,18 @@ def test_unreadable_and_unfit_files(content: object, message: str, tmp_path: Pat
         torch.save(content, file)
     with pytest.raises(CheckpointError, match=message):
         load_weights(timm.create_model("test_resnet"), file)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "message"),
+    [
+        (lambda state: {"net": state, "epoch": 3}, r"a dict of 'net', 'epoch'; save the entry by itself: .*\['net'\]"),
+        (lambda state: {f"model.{k}": v for k, v in state.items()}, "Its names begin with 'model.': remove that"),
+    ],
+    ids=["inside an entry", "a prefix"],
+)
+def test_what_is_found_instead_of_the_weights_is_told(wrap: object, message: str, tmp_path: Path) -> None:
+    model = timm.create_model("test_resnet")
+    torch.save(wrap(model.state_dict()), tmp_path / "weights.pth")
+    with pytest.raises(CheckpointError, match=message):
+        load_weights(model, tmp_path / "weights.pth")

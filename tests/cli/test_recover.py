@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -147,3 +148,40 @@ def test_a_run_that_diverged_is_told_in_strict_json(capsys: Output) -> None:
     assert result["last"]["loss"] is None
     for line in Path("out/recover.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=refuse)
+
+
+def test_a_foreign_folder_in_the_place_of_the_run_is_left_alone(capsys: Output) -> None:
+    convert()
+    Path("out.run").mkdir()
+    Path("out.run/thesis.txt").write_text("years of work")
+    arguments = ["recover", "ilm", "--images", "images", "-o", "out", "--steps", "1", *QUICK]
+    for more in (["--force"], ["--resume"]):
+        assert main([*arguments, *more]) == 2
+        assert "there is something else: thesis.txt" in capsys.readouterr().err
+    assert Path("out.run/thesis.txt").read_text() == "years of work"
+
+
+def test_a_held_out_share_that_cannot_be_read_is_named(capsys: Output) -> None:
+    convert()
+    Path("broken").mkdir()
+    Path("broken/0.png").write_text("no image")
+    arguments = ["recover", "ilm", "--images", "images", "--held-out-images", "broken", "-o", "out", *QUICK]
+    assert main([*arguments, "--steps", "1"]) == 2
+    assert "0.png" in capsys.readouterr().err
+    assert main([*arguments, "--steps", "1", "--resume"]) == 2
+    assert "expected a run to go on with" in capsys.readouterr().err
+
+
+def test_after_training_the_original_norms_are_not_called_the_original(capsys: Output) -> None:
+    convert()
+    trained = ilmconvert.load_conversion("ilm")
+    trained.model.conv1[0].weight.data.add_(0.01)
+    trained.save("out")
+    for command in (["verify", "out"], ["diff", "out", "--summary"], ["convert", "out", "-o", "again"]):
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            assert main(command) == 0
+        assert "with the original norms back, it is not the original" in capsys.readouterr().err
+    card = Path("out/README.md").read_text()
+    assert "It was trained since." in card
+    assert "Everything else is the original." in Path("ilm/README.md").read_text()

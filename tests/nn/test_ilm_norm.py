@@ -260,3 +260,8 @@ def test_may_be_called_by_keyword() -> None:
     x = torch.randn(2, 8, 3)
     layer = ILMNorm(8, 2)
     assert torch.equal(layer(input=x), layer(x))
+
+
+def test_integers_are_refused_as_torch_does() -> None:
+    with pytest.raises(ValueError, match="floating-point input, got torch.int64"):
+        ILMNorm(8, 2)(torch.ones(2, 8, 3, 3, dtype=torch.long))

@@ -10,6 +10,7 @@ import pytest
 import timm.layers as tl
 import timm.models.metaformer as metaformer
 import torch
+import torch.nn.functional as F
 import torchvision
 from segmentation_models_pytorch.decoders.upernet.decoder import LayerNorm2d as UpernetLayerNorm2d
 from timm.layers.grn import GlobalResponseNorm
@@ -24,7 +25,7 @@ from timm.layers.norm_act import (
     RmsNormActFp32,
     SyncBatchNormAct,
 )
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models.convnext import LayerNorm2d as TorchvisionLayerNorm2d
 
 from ilmconvert.nn import ILMNorm, ILMNormAct
@@ -245,3 +246,17 @@ def test_subclass_that_keeps_forward_is_its_base() -> None:
 
 def test_sync_batch_norm_act_keeps_its_activation() -> None:
     assert isinstance(sync_act(), SyncBatchNormAct)
+
+
+def test_a_layer_with_a_matrix_is_no_norm_whatever_its_name() -> None:
+    class NormedLinear(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(F.normalize(x), F.normalize(self.weight))
+
+    class ScaleNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(1, 8, 1, 1))
+
+    assert find(NormedLinear(4, 4)) is None
+    assert find(ScaleNorm()).code == "unknown-norm"

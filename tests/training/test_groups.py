@@ -10,6 +10,7 @@ import torch
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.nn.utils.parametrizations import weight_norm
 
 import ilmconvert
 from ilmconvert.errors import UsageError
@@ -126,3 +127,15 @@ def test_wrong_requests_are_refused() -> None:
         ilmconvert.parameter_groups(model, lr=0.1, weight_decay=-1)
     with pytest.raises(UsageError, match="all are frozen"):
         ilmconvert.parameter_groups(model, lr=0.1, freeze=True)
+
+
+def test_a_computed_scale_is_a_scale() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), weight_norm(nn.LayerNorm(8), dim=None))
+    groups = names(ilmconvert.parameter_groups(ilmconvert.convert(model).model, lr=0.1))
+    assert {f"1.parametrizations.weight.original{i}" for i in (0, 1)} <= groups["norm"]
+    assert all(name.startswith("1.predictor.") for name in groups["meta"])
+
+
+def test_a_conversion_is_no_model() -> None:
+    with pytest.raises(UsageError, match="got Conversion; give its model"):
+        ilmconvert.parameter_groups(ilmconvert.convert(nn.Sequential(nn.LayerNorm(8))), lr=0.1)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import ilmconvert
-from ilmconvert.errors import CheckpointError, UsageError
+from ilmconvert.errors import CheckpointError, ModelError, UsageError
 from ilmconvert.metrics import Comparison, Similarity
 from ilmconvert.nn import ILMNorm
 from ilmconvert.training import Evaluation
@@ -255,3 +255,26 @@ def test_wrong_requests_are_refused(teacher: nn.Module, student: nn.Module, tmp_
         ilmconvert.recover(teacher, student, x, steps=1, run_folder=tmp_path, resume=True)
     with pytest.raises(UsageError, match="fp16"):
         ilmconvert.recover(teacher, student, x, steps=1, precision="fp16", cpu=True)
+
+
+def test_features_are_those_of_the_norms_though_what_follows_works_in_place() -> None:
+    losses = []
+    for inplace in (False, True):
+        teacher = original()
+        teacher[2], teacher[5] = nn.ReLU(inplace=inplace), nn.ReLU(inplace=inplace)
+        student = conversion(teacher).model.eval()
+        with FeatureMatching(teacher, student) as matching, torch.no_grad():
+            teacher(images(8))
+            student(images(8))
+            losses.append(matching.loss().item())
+    assert losses[0] == losses[1] > 0
+
+
+def test_a_start_without_numbers_is_refused() -> None:
+    teacher = original()
+    student = conversion(teacher).model
+    teacher[0].weight.data[0] = float("nan")
+    with pytest.raises(ModelError, match=r"the original: it holds NaN or infinity in 0.weight"):
+        ilmconvert.recover(teacher, student, images(), steps=1)
+    with pytest.raises(UsageError, match="expected RecoverOptions, or options by keyword"):
+        ilmconvert.recover(teacher, student, images(), {"steps": 1})
