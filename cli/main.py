@@ -67,14 +67,15 @@ def _failed(error: Exception) -> int:
     if isinstance(error, IlmconvertError):
         click.echo(f"Error: {error}", err=True)
         return error.exit_code
+    code: int = getattr(error, "exit_code", 1)
     if isinstance(error, OSError):
         click.echo(f"Error: {error}", err=True)
-        return 1
+        return code
     text = " ".join(str(error).split())
     click.echo(
         f"Error: unexpected {type(error).__name__}: {text}\nThis is a defect; ILMCONVERT_DEBUG=1 shows where.", err=True
     )
-    return 1
+    return code
 
 
 if __name__ == "__main__":

@@ -99,6 +99,7 @@ def open_pair(
         values: what they compute is compared too.
     """
     from ilmconvert.checkpoint import is_saved, load_conversion
+    from ilmconvert.sources import is_factory
 
     if b is None:
         if not is_saved(a):
@@ -107,13 +108,9 @@ def open_pair(
         title = "original" if conversion.has_original else "its original norms"
         return Pair(original_norms(conversion), conversion.model, (f"{a} ({title})", a))
 
-    saved = [is_saved(name) for name in (a, b)]
-    if values and not all(saved) and not pretrained:
-        name = b if saved[0] else a
-        warnings.warn(
-            f"{name} has the weights it is built with, random ones without --pretrained, so values tell little",
-            stacklevel=2,
-        )
+    fresh = [name for name in (a, b) if not is_saved(name) and not is_factory(name)]
+    if values and len(fresh) == 1 and not pretrained:
+        warnings.warn(f"{fresh[0]} has random weights without --pretrained, so its values tell little", stacklevel=2)
 
     def opened(name: str) -> nn.Module:
         import torch

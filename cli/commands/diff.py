@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +20,24 @@ if TYPE_CHECKING:
     from ilmconvert import GraphDiff
 
 FORMATS = ("text", "unified", "markdown", "json", "html", "svg", "png")
+_WIDTH = 80  # where there is no terminal
+_NARROWEST = 40
 
 
-@click.command()
+class _Diff(click.Command):
+    def invoke(self, context: click.Context) -> Any:
+        """Run; with --exit-code, where 1 says that the models differ, every failure is a 2."""
+        try:
+            return super().invoke(context)
+        except click.exceptions.Exit:
+            raise
+        except Exception as error:
+            if context.params["exit_code"]:
+                error.exit_code = 2  # type: ignore[attr-defined]  # what main() ends with
+            raise
+
+
+@click.command(cls=_Diff)
 @click.argument("a")
 @click.argument("b", required=False)
 @click.option(
@@ -40,7 +56,7 @@ FORMATS = ("text", "unified", "markdown", "json", "html", "svg", "png")
 @click.option(
     "--limit", type=click.IntRange(min=1), metavar="N", help="Samples for --numerics.  [default: 4 random, 32 images]"
 )
-@click.option("--exit-code", is_flag=True, help="End with 1 if the structure differs.")
+@click.option("--exit-code", is_flag=True, help="End with 1 if the structure differs, 2 on any failure.")
 @pretrained_option
 @model_arg_option
 @trust_factory_option
@@ -70,7 +86,7 @@ def diff(
     A and B are timm names, saved conversions (as converted) or package.module:factory. A saved conversion alone means
     its original against the converted model. Models without weights of their own are built from the same random seed.
 
-    Ends with 0, or with 1 if the models differ and --exit-code is given.
+    With --exit-code it ends as diff does: with 0 if the models are the same, 1 if they differ, 2 on any failure.
     """
     from ilmconvert_cli.writing import check_file, write_file
 
@@ -78,9 +94,12 @@ def diff(
     _check_options(form, output, force, unfold, summary, block)
     if output is not None:
         check_file(output, force=force)  # before any work is done
-    pair = open_pair(a, b, pretrained=pretrained, model_args=model_args, trust_factory=trust_factory)
+    pair = open_pair(
+        a, b, pretrained=pretrained, model_args=model_args, trust_factory=trust_factory, values=bool(numerics)
+    )
     result = _compare(pair, numerics, limit, input_size)
-    content = _render(result, form, unfold=unfold, summary=summary, block=block)
+    width = _WIDTH if output is not None else max(shutil.get_terminal_size((_WIDTH, 1)).columns, _NARROWEST)
+    content = _render(result, form, width=width, unfold=unfold, summary=summary, block=block)
     if output is not None:
         write_file(output, content, force=force)
     else:
@@ -133,13 +152,13 @@ def _compare(pair: Pair, numerics: str | None, limit: int | None, input_size: tu
         )
 
 
-def _render(diff: GraphDiff, form: str, *, unfold: bool, summary: bool, block: str | None) -> str | bytes:
+def _render(diff: GraphDiff, form: str, *, width: int, unfold: bool, summary: bool, block: str | None) -> str | bytes:
     if form in ("svg", "png"):
         return diff.to_image("png" if form == "png" else "svg", block=block)
     if summary:
-        return diff.to_summary()
+        return diff.to_summary(width=width)
     makers: dict[str, Callable[[], str]] = {
-        "text": lambda: diff.to_text(unfold=unfold),
+        "text": lambda: diff.to_text(unfold=unfold, width=width),
         "unified": diff.to_unified,
         "markdown": diff.to_markdown,
         "json": lambda: json.dumps(diff.to_dict(), indent=1, allow_nan=False) + "\n",

@@ -20,7 +20,7 @@ def progress_bar(*, quiet: bool = False) -> Iterator[Callable[[str, int, int], N
         tasks: dict[str, int] = {}
 
         def update(what: str, done: int, total: int) -> None:
-            task = tasks.setdefault(what, bar.add_task(what, total=total) if what not in tasks else -1)
+            task = tasks.setdefault(what, bar.add_task(what, total=total or None) if what not in tasks else -1)
             bar.update(task, completed=done)  # type: ignore[arg-type]
 
         yield update

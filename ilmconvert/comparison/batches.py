@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ilmconvert.errors import UsageError
@@ -15,7 +17,7 @@ from ilmconvert.images import image_batches
 
 __all__ = ["Batches", "folder_batches", "given_batches", "random_batches"]
 
-_RANDOM_SAMPLES = 4
+_RANDOM_SAMPLES = 4  # in a batch, too: what a large one activates does not fit, and it would run again and again
 _IMAGES = 32
 _IMAGES_IN_BATCH = 8
 
@@ -28,31 +30,39 @@ class Batches:
         batches: what to call both models with, one after the other.
         words: what they are; called at the end, when it is known what could be read.
         notes: called at the end: what could not be read.
+        total: how many batches; 0 if unknown.
     """
 
     batches: Iterable[Inputs]
     words: Callable[[], str]
     notes: Callable[[], tuple[str, ...]] = tuple
+    total: int = 0
 
 
 def random_batches(
     model: nn.Module, *, samples: int | None = None, input_size: tuple[int, ...] | None = None
 ) -> Batches:
-    """One batch of standard normal values from a fixed seed, of the size that ``model`` declares.
+    """Standard normal values from a fixed seed, of the size that ``model`` declares.
 
     Raises:
         UsageError: it declares none and none is given.
     """
     number = samples or _RANDOM_SAMPLES
-    inputs = example_inputs(model, input_size=input_size, batch_size=number)
-    if inputs is None:
+    sample = example_inputs(model, input_size=input_size, batch_size=1)
+    if sample is None:
         raise UsageError(
             f"expected an input size for {type(model).__name__}, which declares none; give --input-size 3,224,224, or "
             "batches of your own in Python"
         )
-    size = "x".join(map(str, inputs.args[0].shape[1:]))
-    words = f"{number} random input{'' if number == 1 else 's'} of {size}"
-    return Batches([inputs], lambda: words)
+    noise = torch.Generator().manual_seed(0)
+
+    def batch(size: int) -> Inputs:
+        return sample.map(lambda t: torch.randn((size, *t.shape[1:]), generator=noise).to(t))
+
+    sizes = [min(_RANDOM_SAMPLES, number - done) for done in range(0, number, _RANDOM_SAMPLES)]
+    shape = "x".join(map(str, sample.args[0].shape[1:]))
+    words = f"{number} random input{'' if number == 1 else 's'} of {shape}"
+    return Batches(map(batch, sizes), lambda: words, total=len(sizes))
 
 
 def folder_batches(
@@ -74,6 +84,7 @@ def folder_batches(
         (Inputs((batch,)) for batch in images),
         words,
         lambda: tuple(f"not read: {file}: {why}" for file, why in images.broken.items()),
+        math.ceil(len(images.files) / images.batch_size),
     )
 
 
@@ -92,4 +103,4 @@ def given_batches(given: Any, model: nn.Module) -> Batches:
             f"expected numerics to be 'random', a folder or an iterable of batches, got {type(given).__name__}"
         )
     wrapped = (inputs for batch in given if (inputs := example_inputs(model, batch)) is not None)
-    return Batches(wrapped, lambda: "the batches given")
+    return Batches(wrapped, lambda: "the batches given", total=len(given) if isinstance(given, Sized) else 0)

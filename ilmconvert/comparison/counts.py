@@ -65,6 +65,6 @@ def count(model: nn.Module, inputs: Inputs, mode: FakeTensorMode) -> Counted:
                 inputs.map(mode.from_tensor)(model)
             macs = counter.get_total_flops() // 2
         except Exception as failure:  # a forward pass may raise anything; the reason is told
-            error = f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}"
+            error = f"{type(failure).__name__}: {' '.join(str(failure).split())}"
     given = [v for v in tree_leaves((inputs.args, dict(inputs.kwargs))) if isinstance(v, Tensor)]
     return Counted(shapes, sizes, macs, tuple(tuple(t.shape) for t in given), error)

@@ -19,7 +19,6 @@ __all__ = ["attributes", "constant", "names_of_tensors", "role_of", "tensors_of"
 
 # the modes of a run and torch's switch for a fused kernel: they do not tell what the module computes
 _NOT_STRUCTURE = frozenset({"training", "activation_relu_or_gelu", "call_super_init", "dump_patches"})
-_LONGEST = 200
 
 
 def role_of(module: nn.Module) -> Role:
@@ -53,22 +52,18 @@ def constant(value: Any) -> str | None:
     if isinstance(value, partial):
         value = value.func
     if value is None or isinstance(value, (bool, int, float, complex, str, torch.dtype, torch.device, enum.Enum)):
-        return _cut(str(value) if isinstance(value, (str, enum.Enum)) else repr(value))
+        return str(value) if isinstance(value, (str, enum.Enum)) else repr(value)
     if isinstance(value, (tuple, list)):
         parts = [constant(v) for v in value]
         if any(p is None for p in parts):
             return None
         comma = "," if len(parts) == 1 else ""
-        return _cut(f"({', '.join(p for p in parts if p is not None)}{comma})")
+        return f"({', '.join(p for p in parts if p is not None)}{comma})"
     if isinstance(value, slice):
         return f"{value.start}:{value.stop}:{value.step}"
     if callable(value) and not isinstance(value, nn.Module):
         return getattr(value, "__name__", None)
     return None
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
 def names_of_tensors(model: nn.Module) -> dict[int, str]:

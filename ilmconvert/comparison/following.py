@@ -36,21 +36,24 @@ def traced_calls(model: nn.Module) -> Calls:
 def followed(model: nn.Module, calls: Calls, take: Take) -> Iterator[None]:
     """Within the block, a run of ``model`` hands the result of each function call to ``take(path, result)``.
 
-    A piece that is called with other arguments than it was traced for, or whose trace made constants of its own, runs
-    as it is and hands over nothing.
+    A piece that takes any number of arguments, is called with others than it was traced for, or whose trace made
+    constants of its own, runs as it is and hands over nothing.
     """
     with ExitStack() as stack:
         for path, graph in calls.graphs.items():
             module = model.get_submodule(path)
-            if all(_has(module, str(node.target)) for node in graph.nodes if node.op == "get_attr"):
+            if all(_can_run(module, node) for node in graph.nodes):
                 forward = _along(module, graph, calls.names, take)
                 stack.enter_context(mock.patch.dict(vars(module), forward=forward))
         yield
 
 
-def _has(module: nn.Module, target: str) -> bool:
+def _can_run(module: nn.Module, node: fx.Node) -> bool:
+    target = str(node.target)
+    if node.op == "placeholder":
+        return not target.startswith("*")
     parent, _, name = target.rpartition(".")
-    return hasattr(module.get_submodule(parent), name)
+    return node.op != "get_attr" or hasattr(module.get_submodule(parent), name)
 
 
 def _along(module: nn.Module, graph: fx.Graph, names: dict[fx.Node, str], take: Take) -> Callable[..., Any]:

@@ -119,7 +119,7 @@ def measure(
     samples = 0
     for number, batch in enumerate(batches.batches):
         if progress is not None:
-            progress("comparing activations", number, 0)
+            progress("comparing activations", number, batches.total)
         samples += _samples(batch)
         _batch(diff, [_by_hooks(m) for m in models], batch, sums[False], budget)
         if calls:
@@ -213,7 +213,7 @@ def _run(model: nn.Module, batch: Inputs, who: str) -> None:
             batch.map(lambda t: _as(t, like))(model)
         except Exception as error:
             raise IlmconvertError(
-                f"{who} cannot be run on these inputs: {type(error).__name__}: {' '.join(str(error).split())[:300]}. "
+                f"{who} cannot be run on these inputs: {type(error).__name__}: {' '.join(str(error).split())}. "
                 "Both models take the same inputs; --input-size gives another size"
             ) from error
 

@@ -181,13 +181,13 @@ class GraphDiff:
         return diff
 
     def to_text(self, *, unfold: bool = False, width: int = 80) -> str:
-        """A tree in model order, unchanged parts folded unless ``unfold``; no line is longer than ``width``."""
+        """A tree in model order, unchanged parts folded unless ``unfold``; lines longer than ``width`` are wrapped."""
         from ilmconvert.comparison.render.text import text
 
         return text(self, unfold=unfold, width=width)
 
     def to_summary(self, *, width: int = 80) -> str:
-        """At most ten lines: counts, totals, what happened most often."""
+        """At most ten lines, long ones wrapped: counts, totals, what happened most often."""
         from ilmconvert.comparison.render.text import summary
 
         return summary(self, width=width)
@@ -199,7 +199,7 @@ class GraphDiff:
         return unified(self)
 
     def to_markdown(self) -> str:
-        """Markdown for a pull request."""
+        """Markdown for a pull request; below 60 kB, so that it fits into a comment."""
         from ilmconvert.comparison.render.markdown import markdown
 
         return markdown(self)

@@ -51,6 +51,43 @@ def test_exit_codes(capsys: Output, saved: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("b", "options", "message"),
+    [
+        ("failing:nothing", [], "no attribute 'nothing'"),
+        ("failing:net", ["--input-size", "3,9,9", "--numerics", "random"], "RuntimeError: no forward today"),
+        ("failing:odd", [], "unexpected ZeroDivisionError: division by zero"),
+        ("failing:net", ["--format", "unified", "--output", "."], "got the folder"),
+        ("failing:net", ["--no-such-option"], "No such option"),
+    ],
+)
+def test_failures_are_told_from_differences(capsys: Output, b: str, options: list[str], message: str) -> None:
+    source = (
+        "from tests.models import Failing as net\n\nclass Odd(int):\n    def __repr__(self):\n        return 1 / 0\n\n"
+        "def odd():\n    made = net()\n    made.odd = Odd()\n    return made\n"
+    )
+    Path("failing.py").write_text(source)
+    code = main(["diff", "failing:net", b, *options])
+    assert code in (1, 2)
+    first = capsys.readouterr().err
+    assert message in first
+    assert main(["diff", "failing:net", b, *options, "--exit-code"]) == 2
+    assert capsys.readouterr().err == first
+
+
+def test_the_terminals_width(capsys: Output, saved: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def longest(*options: str) -> int:
+        assert main(["diff", saved, *options]) == 0
+        return max(map(len, capsys.readouterr().out.splitlines()))
+
+    monkeypatch.setenv("COLUMNS", "120")
+    assert 80 < longest() <= 120
+    monkeypatch.setenv("COLUMNS", "50")
+    assert longest() <= 50
+    assert main(["diff", saved, "--output", "d.txt"]) == 0  # a file is the same everywhere
+    assert 50 < max(map(len, Path("d.txt").read_text().splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
     ("name", "start"),
     [
         ("d.txt", "test_resnet -> test_vit"),

@@ -92,3 +92,26 @@ class Other(Small):
 def every_kind() -> GraphDiff:
     torch.manual_seed(0)
     return ilmconvert.diff(Small(), Other(), example_inputs=torch.zeros(1, 3, 8, 8), names=("small", "other"))
+
+
+def shifted() -> GraphDiff:
+    """A block that moved into another, and a class of the same name from another module."""
+
+    def run(**children: nn.Module) -> Run:
+        made = Run()
+        for name, child in children.items():
+            made.add_module(name, child)
+        return made
+
+    def act(module: str) -> nn.Module:
+        return type("Act", (nn.Module,), {"forward": lambda self, x: x.relu(), "__module__": module})()
+
+    a = run(
+        left=run(conv=nn.Conv2d(4, 4, 1), extra=Block(4), pool=nn.MaxPool2d(1), norm=nn.BatchNorm2d(4)),
+        right=run(conv=nn.Conv2d(4, 4, 1), act=act("one")),
+    )
+    b = run(
+        left=run(conv=nn.Conv2d(4, 4, 1), pool=nn.MaxPool2d(1), norm=nn.BatchNorm2d(4)),
+        right=run(conv=nn.Conv2d(4, 4, 1), more=Block(4), act=act("two")),
+    )
+    return ilmconvert.diff(a, b, names=("a", "b"))

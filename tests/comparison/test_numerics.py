@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import ilmconvert
 from ilmconvert.comparison import GraphDiff, Numbers
-from ilmconvert.comparison.batches import Batches, folder_batches
+from ilmconvert.comparison.batches import Batches, folder_batches, random_batches
 from ilmconvert.comparison.numerics import measure
 from ilmconvert.errors import IlmconvertError, UsageError
 from ilmconvert.graph import Inputs
@@ -91,6 +91,53 @@ def test_no_more_than_the_budget_is_held(monkeypatch: pytest.MonkeyPatch) -> Non
     one = 4 * 2 * 8 * 64
     measure(ilmconvert.diff(a, b), a, b, Batches([Inputs((torch.randn(2, 3, 8, 8),))], lambda: "x"), budget=3 * one)
     assert 2 * one < largest <= 3 * one
+
+
+def test_many_random_samples_take_as_many_runs_each_as_few() -> None:
+    a, b = pair()
+    runs = 0
+
+    def count(*_: object) -> None:
+        nonlocal runs
+        runs += 1
+
+    def measured(samples: int) -> tuple[int, list[tuple[str, int, int]]]:
+        nonlocal runs
+        told: list[tuple[str, int, int]] = []
+        batches = random_batches(a, samples=samples, input_size=(3, 8, 8))
+        runs = 0
+        found = measure(base, a, b, batches, budget=3 * 4 * 8 * 64 * 4, progress=lambda *args: told.append(args))
+        assert found.numerics.samples == samples
+        return runs, told
+
+    base = ilmconvert.diff(a, b)
+    a.stem.register_forward_hook(count)
+    few, told = measured(4)
+    assert few > 1
+    assert told == [("comparing activations", 0, 1)]
+    many, told = measured(20)
+    assert many == 5 * few
+    assert told[-1] == ("comparing activations", 4, 5)
+    x, y = (batch.args[0] for batch in list(random_batches(a, samples=8, input_size=(3, 8, 8)).batches))
+    assert not torch.equal(x, y)
+
+
+def test_any_number_of_arguments() -> None:
+    class Cat(nn.Module):
+        def forward(self, *xs: Tensor, **more: Tensor) -> Tensor:
+            return torch.cat([*xs, *more.values()], 1)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cat, self.norm = Cat(), nn.LayerNorm(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.cat(x, -x, y=x)[:, :8]) if x.sum() < 1e9 else x
+
+    for model, inputs in ((Net(), torch.randn(2, 4)), (Cat(), (torch.randn(2, 4), torch.randn(2, 3)))):
+        found = numbers(ilmconvert.diff(model, model, numerics=[inputs]))
+        assert found[""] == Numbers(0.0, pytest.approx(1.0))
 
 
 def test_changes_in_place_do_not_reach_what_was_kept() -> None:

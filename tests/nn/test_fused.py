@@ -326,3 +326,22 @@ def test_an_empty_batch_gives_gradients_of_zeros() -> None:
     layer = ILMNorm(32, 8)
     layer(torch.randn(0, 32, 4, 4)).sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in layer.parameters())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shape"),
+    [
+        ({"num_features": 32, "num_groups": 1, "num_key_groups": 1, "hidden_features": 2}, (3, 32, 6, 5)),
+        ({"num_features": 32, "num_groups": 2, "num_key_groups": 2, "hidden_features": 1}, (3, 32, 6, 5)),
+        ({"num_features": 384, "standardization": Standardization(layout="token"), "hidden_features": 1}, (3, 7, 384)),
+    ],
+    ids=["one key group", "a narrow embedding", "tokens"],
+)
+def test_gradients_have_the_strides_of_their_parameters(arguments: dict[str, Any], shape: tuple[int, ...]) -> None:
+    """Those with dimensions of one too: the buckets of DDP ask for them."""
+    channels = arguments.pop("num_features")
+    layer = ILMNorm(channels, **arguments)
+    layer(torch.randn(shape)).sum().backward()
+    assert {n: p.grad.stride() for n, p in layer.named_parameters()} == {
+        n: p.stride() for n, p in layer.named_parameters()
+    }

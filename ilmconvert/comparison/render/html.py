@@ -78,6 +78,10 @@ class _Data:
             "errors": [printable(g.run_error) for g in (self.diff.before, self.diff.after)],
             "numerics": None if run is None else [printable(run.inputs), [printable(n) for n in run.notes]],
             "rows": rows,
+            "before": [
+                [self.row_before[n.path], None if n.parent is None else self.row_before[n.parent]]
+                for n in self.diff.before.nodes
+            ],
             "attributes": [json.loads(text) for text in self.attributes],
             "tensors": [json.loads(text) for text in self.tensors],
         }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from itertools import takewhile
 
 from ilmconvert.comparison.nodes import Node, TensorInfo
 from ilmconvert.comparison.value import FieldChange, GraphDiff, Row
@@ -11,18 +13,22 @@ __all__ = [
     "MARKS",
     "class_change",
     "counts_line",
-    "details",
+    "differences",
     "frequent",
     "mark",
     "numbers",
+    "outputs",
     "parameters_below",
     "printable",
+    "state_dict",
     "tensor",
     "totals",
 ]
 
 MARKS = {"inserted": "+", "removed": "-", "changed": "~", "moved": ">", "renamed": "="}
 _LABELS = {"num_groups": "groups", "num_key_groups": "key groups"}
+_LONGEST = 200  # characters of a value that are shown
+_BEFORE = 20  # characters that are shown before a difference in a longer one
 
 
 def mark(row: Row) -> str:
@@ -41,28 +47,43 @@ def printable(text: str) -> str:
 
 
 def class_change(diff: GraphDiff, row: Row) -> str:
-    """``Conv2d``, or ``BatchNorm2d -> ILMNorm``."""
-    a, b = diff.nodes(row)
-    names = list(dict.fromkeys(_title(n) for n in (a, b) if n is not None))
-    return printable(" -> ".join(names))
+    """``Conv2d``, or ``BatchNorm2d -> ILMNorm``; a call with its arguments."""
+    return _classes(diff, row, lambda n: f"({_cut(n.attributes.get('arguments', ''))})" if n.kind == "call" else "")
 
 
-def _title(node: Node) -> str:
-    arguments = node.attributes.get("arguments")
-    return node.class_name if node.kind != "call" else f"{node.class_name}({arguments or ''})"
+def _classes(diff: GraphDiff, row: Row, more: Callable[[Node], str] = lambda _: "") -> str:
+    """Short names, or qualified ones where only these tell two classes apart."""
+    nodes = [n for n in diff.nodes(row) if n is not None]
+    alike = len({n.class_name for n in nodes}) < len({n.cls for n in nodes})
+    names = [(n.cls if alike else n.class_name) + more(n) for n in nodes]
+    return printable(" -> ".join(dict.fromkeys(names)))
 
 
-def details(diff: GraphDiff, row: Row) -> list[str]:
+def differences(diff: GraphDiff) -> dict[int, list[str]]:
+    """The lines below each row, by index; several that were told before are told as those of an earlier row."""
+    told: dict[tuple[str, ...], str] = {}
+    result = {}
+    for index, row in enumerate(diff.rows):
+        lines = _details(diff, row)
+        known = told.setdefault(tuple(lines), printable(row.path)) if len(lines) > 1 else ""
+        result[index] = _origin(row) + ([f"as {known}"] if known and known != printable(row.path) else lines)
+    return result
+
+
+def _origin(row: Row) -> list[str]:
+    if row.before is None or row.after is None or not {"moved", "renamed"} & set(row.changes):
+        return []
+    return [printable(f"was {row.before or '(the model)'}")]
+
+
+def _details(diff: GraphDiff, row: Row) -> list[str]:
     """The differences of a changed pair, in few lines: what differs, what is new, what is gone, tensors likewise."""
     plain = [f for f in row.fields if f.group in ("attribute", "graph") or f.name == "kind"]
     tensors = [f for f in row.fields if f.group in ("parameter", "buffer")]
-    lines = []
-    if row.before is not None and row.after is not None and ("moved" in row.changes or "renamed" in row.changes):
-        lines.append(f"was {row.before or '(the model)'}")
-    lines += [_kept(diff, row)] if row.fields and row.fields[0].group == "class" else []
-    lines += [f"{_label(f)} {f.before} -> {f.after}" for f in plain if f.before is not None and f.after is not None]
+    lines = [_kept(diff, row)] if row.fields and row.fields[0].group == "class" else []
+    lines += [_both(f) for f in plain if f.before is not None and f.after is not None]
     added = sorted((f for f in plain if f.before is None), key=lambda f: f.name not in _LABELS)
-    lines.append(_list("now ", [f"{_label(f)} {f.after}" for f in added]))
+    lines.append(_list("now ", [f"{_label(f)} {_cut(f.after or '')}" for f in added]))
     lines.append(_list("no longer ", [_label(f) for f in plain if f.after is None]))
     lines += [f"{f.name} {f.before} -> {f.after}" for f in tensors if f.before is not None and f.after is not None]
     lines.append(_list("new ", [f"{f.name} {f.after}" for f in tensors if f.before is None]))
@@ -79,6 +100,20 @@ def _kept(diff: GraphDiff, row: Row) -> str:
     return _list("still ", [f"{_LABELS.get(n, n)} {a.attributes[n]}" for n in same])
 
 
+def _both(field: FieldChange) -> str:
+    """``eps 1e-05 -> 1e-06``; of long values, from where they differ."""
+    before, after = field.before or "", field.after or ""
+    if max(len(before), len(after)) > _LONGEST:
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(before, after, strict=False))
+        start = max(sum(1 for _ in same) - _BEFORE, 0)
+        before, after = (f"{'...' if start else ''}{_cut(text[start:])}" for text in (before, after))
+    return f"{_label(field)} {before} -> {after}"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+
+
 def _label(field: FieldChange) -> str:
     return _LABELS.get(field.name, field.name)
 
@@ -92,8 +127,16 @@ def counts_line(diff: GraphDiff) -> str:
     return ", ".join(f"{n:,} {kind}" for kind, n in diff.counts.items() if n or kind == "unchanged")
 
 
+def state_dict(diff: GraphDiff) -> str:
+    """``39 keys added, 0 removed, 0 renamed``."""
+    added, removed, renamed = (
+        sum(len(getattr(row, name)) for row in diff.rows) for name in ("keys_added", "keys_removed", "keys_renamed")
+    )
+    return f"{added:,} keys added, {removed:,} removed, {renamed:,} renamed"
+
+
 def totals(diff: GraphDiff) -> list[tuple[str, str, str, str]]:
-    """(what, before, after, difference) of what the models cost."""
+    """(what, before, after, difference) of what the models cost; the difference is empty where there is none."""
     a, b = diff.before.totals, diff.after.totals
     rows = [
         ("parameters", a.parameters, b.parameters, ""),
@@ -102,7 +145,7 @@ def totals(diff: GraphDiff) -> list[tuple[str, str, str, str]]:
         ("activations", a.activation_bytes, b.activation_bytes, "B"),
     ]
     return [
-        (what, _amount(x, max(x, y), unit), _amount(y, max(x, y), unit), _difference(x, y))
+        (what, _amount(x, max(x, y), unit), _amount(y, max(x, y), unit), _difference(x, y, unit))
         for what, x, y, unit in rows
         if x is not None and y is not None
     ]
@@ -116,19 +159,23 @@ def _amount(number: int, largest: int, unit: str) -> str:
     return f"{number / 1000**power:,.{3 if power else 0}f} {('', 'k', 'M', 'G', 'T')[power]}{unit}".rstrip()
 
 
-def _difference(before: int, after: int) -> str:
-    return f"{100 * (after - before) / before:+.2f} %" if before else ""
+def _difference(before: int, after: int, unit: str) -> str:
+    """In percent, or as a number where that would say nothing."""
+    if before == after:
+        return ""
+    percent = f"{100 * (after - before) / before:+.2f}" if before else ""
+    return f"{percent} %" if percent.strip("+-0.") else f"{after - before:+,} {unit}".rstrip()
 
 
 def frequent(diff: GraphDiff) -> list[tuple[str, int]]:
     """What happened, most frequent first: ``changed BatchNorm2d -> ILMNorm``, how often."""
-    counted = Counter(f"{' and '.join(row.changes)} {_kind_of(diff, row)}" for row in diff.changed)
+    counted = Counter(f"{' and '.join(row.changes)} {_classes(diff, row)}" for row in diff.changed)
     return counted.most_common()
 
 
-def _kind_of(diff: GraphDiff, row: Row) -> str:
-    a, b = diff.nodes(row)
-    return printable(" -> ".join(dict.fromkeys(n.class_name for n in (a, b) if n is not None)))
+def outputs(diff: GraphDiff) -> str:
+    """How far the models' own outputs are apart: the figures of the topmost pair."""
+    return next((text for row in diff.rows if (text := numbers(row))), "not compared")
 
 
 def numbers(row: Row) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch import nn
 
 import ilmconvert
 from ilmconvert.comparison import GraphDiff
-from tests.comparison.models import HOSTILE, LONG, Other, Small, every_kind, hostile_diff
+from ilmconvert.comparison.nodes import ModelGraph
+from tests.comparison.models import HOSTILE, LONG, Other, Small, every_kind, hostile_diff, shifted
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install -e '.[dev]'")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -71,6 +73,11 @@ def numeric() -> GraphDiff:
     return ilmconvert.diff(Small(), Other(), numerics=torch.randn(1, 3, 8, 8), names=("small", "other"))
 
 
+def failed() -> GraphDiff:
+    diff = every_kind()
+    return replace(diff, after=replace(diff.after, run_error=f"RuntimeError: {'a long reason ' * 100}{LONG}"))
+
+
 def large() -> GraphDiff:
     """Over 2,000 nodes, 1,200 of them changed."""
 
@@ -86,7 +93,14 @@ def large() -> GraphDiff:
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
-    made = {"every": every_kind, "hostile": hostile_diff, "numeric": numeric, "large": large}
+    made = {
+        "every": every_kind,
+        "hostile": hostile_diff,
+        "numeric": numeric,
+        "large": large,
+        "shifted": shifted,
+        "failed": failed,
+    }
     for name, make in made.items():
         (folder / f"{name}.html").write_text(make().to_html(), encoding="utf-8")
     return {name: folder / f"{name}.html" for name in made}
@@ -126,6 +140,7 @@ def test_shows_both_models_with_what_changed_marked(browser: Any, pages: dict[st
 def test_search_filters_and_folds(browser: Any, pages: dict[str, Path]) -> None:
     with Opened(browser, pages["every"]) as opened:
         page = opened.page
+        first = page.evaluate("tree.shown.length")
         page.keyboard.press("/")
         page.keyboard.type("BATCHNORM")
         assert page.evaluate("changedRows().map((r) => pathOf(r.node))") == ["stem.2", "blocks.0.norm", "blocks.2.norm"]
@@ -144,7 +159,11 @@ def test_search_filters_and_folds(browser: Any, pages: dict[str, Path]) -> None:
         assert "removed" in page.evaluate("changedRows().map((r) => r.k.join()).join()")
 
         page.click("#unfold")
+        assert page.evaluate("tree.shown.length") == 19
+        page.click("#kind-renamed")
         assert page.evaluate("tree.shown.length") == 24
+        page.click("#only")
+        assert page.evaluate("tree.shown.length") == first
         page.click("#fold")
         assert page.evaluate("tree.shown.filter((e) => e.row && e.row.depth > 1).length") == 0
         page.locator(".row", has_text="stem").locator(".after .twist").click()
@@ -152,6 +171,42 @@ def test_search_filters_and_folds(browser: Any, pages: dict[str, Path]) -> None:
         before = page.evaluate("tree.shown.length")
         page.locator(".row.gap").first.click()
         assert page.evaluate("tree.shown.length") >= before
+
+
+def test_a_search_leaves_the_folding_as_it_was(browser: Any, pages: dict[str, Path]) -> None:
+    shown = "tree.shown.map((e) => e.row ? pathOf(e.row.node) : e.hidden)"
+    with Opened(browser, pages["every"]) as opened:
+        page = opened.page
+        for prepare in ("f", "u", "c"):
+            page.keyboard.press(prepare)
+            page.evaluate("toggle(ROWS.find((r) => r.node.path === 'blocks'))")
+            before = page.evaluate(shown)
+            page.keyboard.press("/")
+            page.keyboard.type("norm")
+            found = page.evaluate("tree.shown.filter((e) => e.row && !e.row.below.length).map((e) => e.row.i)")
+            assert found == page.evaluate("ROWS.filter((r) => matches(r) && !r.below.length).map((r) => r.i)")
+            page.keyboard.press("Escape")
+            assert page.evaluate(shown) == before
+        page.keyboard.press("f")
+        page.keyboard.press("/")
+        page.keyboard.type("blocks.0.norm")
+        page.keyboard.press("Enter")
+        page.keyboard.press("/")
+        page.keyboard.press("Escape")
+        assert opened.selected() == "blocks.0.norm"
+        assert page.locator("#tree .row.on").count() == 1
+
+
+def test_folded_blocks_say_what_is_inside(browser: Any, pages: dict[str, Path]) -> None:
+    with Opened(browser, pages["every"]) as opened:
+        page = opened.page
+        assert [text for text in opened.texts("#tree .inside") if text] == []
+        page.click("#fold")
+        assert opened.texts("#tree .inside") == ["3 changes", "7 changes"]
+        page.locator("#tree .row", has_text="stem").click()
+        page.keyboard.press("ArrowUp")
+        assert page.inner_text("#block-name") == "Graph of (the model)"
+        assert opened.texts("#drawing .has-changes text:first-of-type") == ["stem", "blocks"]
 
 
 def test_keyboard(browser: Any, pages: dict[str, Path]) -> None:
@@ -166,7 +221,12 @@ def test_keyboard(browser: Any, pages: dict[str, Path]) -> None:
         page.keyboard.press("ArrowLeft")
         assert page.evaluate("state.closed.has(state.selected.i)")
         page.keyboard.press("ArrowRight")
-        page.keyboard.press("ArrowRight")
+        page.keyboard.press("ArrowRight")  # what is left out
+        assert opened.texts("#tree .row.on") == ["⋯1 unchanged"]
+        assert page.get_attribute("#tree", "aria-activedescendant") == page.get_attribute("#tree .row.on", "id")
+        page.keyboard.press("Enter")
+        assert opened.selected() == "stem.0"
+        page.keyboard.press("ArrowDown")
         assert opened.selected() == "stem.1"
         page.keyboard.press("End")
         assert opened.selected() == "classifier"
@@ -184,6 +244,13 @@ def test_keyboard(browser: Any, pages: dict[str, Path]) -> None:
         assert page.evaluate("document.documentElement.dataset.theme") != theme
         active = page.get_attribute("#tree", "aria-activedescendant")
         assert page.locator(f"#{active}").get_attribute("aria-selected") == "true"
+        page.keyboard.press("Escape")
+        assert page.locator("#tree .on, #tree [aria-selected=true]").count() == 0
+        assert page.get_attribute("#tree", "aria-activedescendant") is None
+        page.click("#next")
+        page.click("#next")
+        page.click("#previous")
+        assert opened.selected() == "(the model)"
 
 
 def test_details_and_graph_of_the_selected_block(browser: Any, pages: dict[str, Path]) -> None:
@@ -224,7 +291,81 @@ def test_details_and_graph_of_the_selected_block(browser: Any, pages: dict[str, 
                 assert apart, "nodes overlap"
 
 
-def test_the_chart_navigates(browser: Any, pages: dict[str, Path]) -> None:
+def own_edges(graph: ModelGraph, block: str) -> set[tuple[str, str]]:
+    """The edges between the children of a block, and from outside of it, as the model itself has them."""
+
+    def child(path: str | None) -> str | None:
+        while path is not None and graph.by_path[path].parent != block:
+            path = graph.by_path[path].parent
+        return path
+
+    ends = ((child(path), child(node.path)) for node in graph.nodes for path in node.inputs)
+    return {("input" if a is None else a, b) for a, b in ends if b is not None and a != b}
+
+
+@pytest.mark.parametrize("side", ["before", "after"])
+@pytest.mark.parametrize(("name", "make"), [("every", every_kind), ("shifted", shifted)])
+def test_each_sides_graph_is_the_models_own(
+    browser: Any, pages: dict[str, Path], name: str, make: Callable[[], GraphDiff], side: str
+) -> None:
+    graph: ModelGraph = getattr(make(), side)
+    script = """(side) => {
+        state.side = side;
+        return ROWS.filter((r) => r[side]).map((block) => {
+            const { nodes, edges } = blockGraph(block);
+            const name = (i) => nodes[i].row ? nodes[i].row[side].path : "input";
+            const ends = edges.map(([a, b, , back]) => back ? [name(b), name(a)] : [name(a), name(b)]);
+            return [block[side].path || "", ends];
+        });
+    }"""
+    with Opened(browser, pages[name]) as opened:
+        drawn = dict(opened.page.evaluate(script, side))
+    assert set(drawn) == set(graph.by_path)
+    assert {path: {tuple(ends) for ends in edges} for path, edges in drawn.items()} == {
+        path: own_edges(graph, path) for path in graph.by_path
+    }
+
+
+def test_what_moved_and_same_named_classes_are_told_apart(browser: Any, pages: dict[str, Path]) -> None:
+    with Opened(browser, pages["shifted"]) as opened:
+        page = opened.page
+        assert page.locator(".row.is-moved .before .name").inner_text() == "left.extra"
+        assert page.locator(".row.is-moved .after .name").inner_text() == "more"
+        page.locator("#list .item", has_text="one.Act → two.Act").click()
+        assert "one.Act → two.Act" in page.inner_text("#details")
+        assert opened.texts("#tree .row.on .cls") == ["one.Act", "two.Act"]
+        page.evaluate("select(ROWS.find((r) => r.node.path === 'right'))")
+        assert "one.Act → two.Act" in opened.texts("#drawing .kind")
+        page.evaluate("select(ROWS.find((r) => r.node.path === 'left'))")
+        assert page.locator("#drawing .edge.removed").count() == 2  # to what moved out of it, and from there
+
+
+def test_ends_of_long_paths_are_seen(browser: Any, pages: dict[str, Path]) -> None:
+    with Opened(browser, pages["hostile"]) as opened:
+        inside = """(span) => {
+            const { left, right } = span.getBoundingClientRect(), text = span.firstChild.getBoundingClientRect();
+            return [text.left < left, text.right <= right + 1];
+        }"""
+        assert opened.page.locator("#list .item .path").last.evaluate(inside) == [True, True]
+        assert opened.page.locator("#details th wbr").count() > 5
+
+
+def test_prints_all_rows_and_the_header(browser: Any, pages: dict[str, Path]) -> None:
+    with Opened(browser, pages["large"], scheme="dark") as opened:
+        page = opened.page
+        page.emulate_media(media="print")
+        page.evaluate("dispatchEvent(new Event('beforeprint'))")
+        assert page.locator("#tree .row").count() == page.evaluate("tree.shown.length") > 1000
+        last = page.locator("#tree .row").last.bounding_box()
+        assert last["y"] + last["height"] <= page.evaluate("document.documentElement.scrollHeight") + 1
+        assert page.locator("#title").is_visible()
+        assert page.evaluate("document.documentElement.dataset.theme") == "light"
+        page.emulate_media(media="screen")
+        page.evaluate("dispatchEvent(new Event('afterprint'))")
+        assert page.locator("#tree .row").count() < 120
+
+
+def test_the_chart_navigates(browser: Any, pages: dict[str, Path], tmp_path: Path) -> None:
     with Opened(browser, pages["numeric"]) as opened:
         page = opened.page
         assert page.locator("#chart .bar").count() == page.evaluate("chart.rows.length") == 13
@@ -238,6 +379,12 @@ def test_the_chart_navigates(browser: Any, pages: dict[str, Path]) -> None:
         assert page.locator("#tree .row.on .figure").inner_text() != ""
     with Opened(browser, pages["every"]) as opened:
         assert not opened.page.locator("#strip").is_visible()
+    same = Small()
+    file = tmp_path / "same.html"
+    file.write_text(ilmconvert.diff(same, same, numerics=torch.randn(1, 3, 8, 8)).to_html(), encoding="utf-8")
+    with Opened(browser, file) as opened:
+        assert opened.texts("#strip-head span")[0] == "All 17 outputs compared are identical"
+        assert not opened.page.locator("#chart").is_visible()
 
 
 def test_hostile_names_are_text(browser: Any, pages: dict[str, Path]) -> None:

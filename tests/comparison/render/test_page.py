@@ -65,6 +65,22 @@ def test_nothing_is_fetched_and_nothing_hostile_is_markup(make: object) -> None:
     assert "<script>alert" not in text
 
 
+@pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
+def test_faint_text_can_be_read(theme: int) -> None:
+    """WCAG's contrast, of 4.5 and more on everything that it may stand on."""
+    (style,) = [text for _, text in Reader(every_kind().to_html()).all("style")]
+    colours = dict(re.findall(r"--([\w-]+): (#\w{6});", style.split("}")[theme]))
+
+    def luminance(name: str) -> float:
+        parts = [int(colours[name][i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        red, green, blue = (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    for ground in ("page", "panel", "hover", "select", *(n for n in colours if n.endswith("-bg"))):
+        dark, light = sorted((luminance("faint"), luminance(ground)))
+        assert (light + 0.05) / (dark + 0.05) >= 4.5, ground
+
+
 def test_the_data_says_what_the_diff_says() -> None:
     diff = hostile_diff()
     (text,) = [t for a, t in Reader(diff.to_html()).all("script") if a.get("type") == "application/json"]

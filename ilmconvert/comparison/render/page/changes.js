@@ -3,18 +3,14 @@ const changes = { rows: [] };
 
 function changeItem(row, index) {
   const made = element("div", { className: "item", id: `change-${index}` },
-    element("span", { className: `mono ${row.k[0]}`, textContent: DIFF.marks[row.k[0]] }),
-    element("span", { className: "mono", textContent: shortPath(pathOf(row.node)), title: pathOf(row.node) }),
-    element("span", { className: "what", textContent: `${row.k.join(", ")} · ${classChange(row)}` }));
+    element("span", { className: `mono ${row.k[0]}`, textContent: DIFF.marks[row.k[0]], title: row.k.join(", ") }),
+    pathText(row.node, "mono"),
+    element("span", { className: "what", textContent: [...row.k.slice(1), classChange(row)].join(" · ") }));
   made.setAttribute("role", "option");
   made.setAttribute("aria-selected", String(row === state.selected));
   made.classList.toggle("on", row === state.selected);
   made.addEventListener("click", () => select(row));
   return made;
-}
-
-function shortPath(path) {
-  return path.length <= 34 ? path : `…${path.slice(-33)}`;
 }
 
 function showChanges() {

@@ -41,7 +41,8 @@ function chartIndex(event) {
 function chartHead(row) {
   const [inputs, notes] = DIFF.numerics;
   const right = row ? `${pathOf(row.node)}: ${row.num[0].toExponential(2)}` : [`on ${inputs}`, ...notes].join("; ");
-  byId("strip-head").replaceChildren(element("span", { textContent: "Relative error of each module's output, in order of depth" }), element("span", { textContent: right, title: right }));
+  const spans = [chart.title, right].map((text) => element("span", { textContent: text, title: text }));
+  byId("strip-head").replaceChildren(...spans);
 }
 
 function startChart() {
@@ -49,8 +50,11 @@ function startChart() {
   chart.rows = ROWS.filter((row) => row.num && row.num[0] !== null && !row.below.length);
   document.body.classList.add("numeric");
   byId("strip").hidden = false;
+  const same = chart.rows.every((row) => row.num[0] === 0);
+  chart.title = "Relative error of each module's output, in order of depth";
+  if (same) chart.title = chart.rows.length ? `All ${chart.rows.length} outputs compared are identical` : "No outputs could be compared";
   chartHead(null);
-  if (!chart.rows.length) {
+  if (same) {
     chart.svg.remove();
     return;
   }

@@ -8,7 +8,9 @@ for (const [i, row] of ROWS.entries()) {
   row.i = i;
   row.k = row.k || [];
   row.below = [];
+  row.had = []; // what was below it in the first model, in its order; others than `below` where something moved
   row.size = 1;
+  row.inside = 0; // changes below
   row.parent = row.p === undefined ? null : ROWS[row.p];
   row.depth = row.parent ? row.parent.depth + 1 : 0;
   if (row.parent) row.parent.below.push(row);
@@ -21,7 +23,14 @@ for (const [i, row] of ROWS.entries()) {
 for (let i = ROWS.length - 1; i >= 0; i--) {
   const row = ROWS[i];
   row.uniform = row.below.every((child) => child.uniform && child.k.join() === row.k.join());
-  if (row.parent) row.parent.size += row.size;
+  if (row.parent) {
+    row.parent.size += row.size;
+    row.parent.inside += row.inside + (row.k.length ? 1 : 0);
+  }
+}
+for (const [i, parent] of DIFF.before) {
+  ROWS[i].up = parent === null ? null : ROWS[parent];
+  if (ROWS[i].up) ROWS[i].up.had.push(ROWS[i]);
 }
 
 function element(tag, properties, ...children) {
@@ -40,11 +49,34 @@ function drawn(tag, attributes, ...children) {
 
 const byId = (id) => document.getElementById(id);
 const pathOf = (node) => node.path || "(the model)";
+const fullClass = (node) => node.full || node.cls;
 const titleOf = (node, side) => node.name || DIFF.names[side === "before" ? 0 : 1];
 
+// The short name, or the qualified one where only that tells two classes apart.
+function classOf(row, node) {
+  const { before, after } = row;
+  const alike = before && after && before.cls === after.cls && fullClass(before) !== fullClass(after);
+  return alike ? fullClass(node) : node.cls;
+}
+
 function classChange(row) {
-  const names = [row.before, row.after].filter(Boolean).map((node) => node.cls);
-  return [...new Set(names)].join(" → ");
+  return [...new Set([row.before, row.after].filter(Boolean).map((node) => classOf(row, node)))].join(" → ");
+}
+
+// A path of which the end is seen where it does not fit.
+function pathText(node, className) {
+  return element("span", { className: `path ${className}`, title: pathOf(node) }, element("bdi", { dir: "ltr", textContent: pathOf(node) }));
+}
+
+// What a folded block hides; a whole that came or went says it itself.
+function insideText(row) {
+  if (!row.inside || (row.lone && row.uniform)) return "";
+  return `${row.inside} change${row.inside === 1 ? "" : "s"}`;
+}
+
+// A name that breaks after its parts.
+function breakable(name) {
+  return name.split(/(?<=[_.])/).flatMap((part, i) => (i ? [element("wbr"), part] : [part]));
 }
 
 function errorText(row) {

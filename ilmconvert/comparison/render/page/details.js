@@ -5,16 +5,16 @@ function section(title, ...content) {
 
 function comparison(fields) {
   const rows = fields.map(([, name, before, after]) =>
-    element("tr", {}, element("th", { textContent: name, scope: "row" }),
-      element("td", { className: before === null ? "" : "old", textContent: before === null ? "–" : before }),
-      element("td", { className: after === null ? "" : "new", textContent: after === null ? "–" : after })));
+    element("tr", {}, element("th", { scope: "row" }, ...breakable(name)),
+      element("td", { className: before === null ? "" : "old" }, ...breakable(before === null ? "–" : before)),
+      element("td", { className: after === null ? "" : "new" }, ...breakable(after === null ? "–" : after))));
   const head = element("tr", {}, element("th"), element("th", { textContent: "before" }), element("th", { textContent: "after" }));
   return element("table", {}, head, ...rows);
 }
 
 function facts(pairs) {
   return element("table", {}, ...pairs.map(([name, value]) =>
-    element("tr", {}, element("th", { textContent: name, scope: "row" }), element("td", { textContent: value }))));
+    element("tr", {}, element("th", { scope: "row" }, ...breakable(name)), element("td", {}, ...breakable(value)))));
 }
 
 function listed(lines, className) {
@@ -44,7 +44,7 @@ function keptAttributes(row) {
 }
 
 function wholeNode(title, node) {
-  const pairs = [["class", node.full || node.cls]];
+  const pairs = [["class", fullClass(node)]];
   if (node.out) pairs.push(["returns", node.out.map((shape) => shape.join(" × ")).join(", ")]);
   if (node.n !== undefined) pairs.push(["calls", String(node.n)]);
   if (node.also) pairs.push(["also", node.also.join(", ")]);

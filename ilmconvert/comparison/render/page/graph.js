@@ -1,33 +1,50 @@
 // The block around the selected node as a graph: what is before and after in one drawing, norms with a thick border.
 const MOST_NODES = 160;
 
+// The two models, each with its own tree: what moved has another parent in the first.
+const SIDES = {
+  before: { node: (row) => row.before, parent: (row) => row.up, below: (row) => row.had },
+  after: { node: (row) => row.after, parent: (row) => row.parent, below: (row) => row.below.filter((child) => child.after) },
+};
+
 // The child of `block` that a row is, or is inside of; null if it is elsewhere.
-function childOf(block, row) {
-  while (row && row.parent !== block) row = row.parent;
+function childOf(block, row, side) {
+  while (row && side.parent(row) !== block) row = side.parent(row);
   return row;
 }
 
-function subtree(row) {
-  return [row, ...row.below.flatMap(subtree)];
+function subtree(row, side) {
+  return [row, ...side.below(row).flatMap((child) => subtree(child, side))];
 }
 
 // Edges between children of a block: key "from-to" to which sides have it.
-function edgesOf(block, children) {
+function edgesOf(block) {
   const found = new Map();
-  for (const child of children) {
-    for (const row of subtree(child)) {
-      for (const [side, node] of [["removed", row.before], ["inserted", row.after]]) {
-        for (const input of (node && node.in) || []) {
-          const source = childOf(block, ROWS[input]);
+  for (const name of state.side === "both" ? ["before", "after"] : [state.side]) {
+    const side = SIDES[name];
+    for (const child of side.below(block)) {
+      for (const row of subtree(child, side)) {
+        for (const input of side.node(row).in || []) {
+          const source = childOf(block, ROWS[input], side);
           if (source === child) continue;
-          const key = `${source && source.parent === block ? source.i : "in"}-${child.i}`;
+          const key = `${source ? source.i : "in"}-${child.i}`;
           if (!found.has(key)) found.set(key, new Set());
-          found.get(key).add(side);
+          found.get(key).add(name);
         }
       }
     }
   }
   return found;
+}
+
+// What is in a block on the side shown; on both, what moved out of it stands where it was.
+function childrenOf(block) {
+  if (state.side !== "both") return SIDES[state.side].below(block);
+  const rows = [...block.below];
+  block.had.forEach((row, i) => {
+    if (row.parent !== block) rows.splice(rows.indexOf(block.had[i - 1]) + 1, 0, row);
+  });
+  return rows;
 }
 
 function isNorm(row) {
@@ -39,28 +56,29 @@ function label(text, most) {
 }
 
 function blockGraph(block) {
-  const here = (row) => state.side === "both" || (state.side === "before" ? row.before : row.after);
-  const children = block.below.filter((row) => here(row) && !bookkeeping(row)).slice(0, MOST_NODES);
+  const all = childrenOf(block);
+  const children = all.filter((row) => !bookkeeping(row)).slice(0, MOST_NODES);
   const nodes = children.map((row) => {
-    const name = label(titleOf(row.node) + (row.node.kind === "call" ? "()" : ""), 26);
-    const kind = row.node.kind === "call" ? "" : label(shownClass(row), 34);
+    const node = state.side === "both" ? row.node : SIDES[state.side].node(row);
+    const name = label(titleOf(node) + (node.kind === "call" ? "()" : ""), 26);
+    const kind = node.kind === "call" ? "" : label(shownClass(row), 34);
     return { row, name, kind, width: Math.max(name.length * 7.1, kind.length * 6.1, 40) + 20 };
   });
   const at = new Map(children.map((row, i) => [row.i, i]));
   const edges = [];
   let entry = -1;
-  for (const [key, sides] of edgesOf(block, children)) {
-    if (state.side !== "both" && !sides.has(state.side === "before" ? "removed" : "inserted")) continue;
+  for (const [key, sides] of edgesOf(block)) {
     const [from, to] = key.split("-");
+    const target = at.get(Number(to));
+    if (target === undefined) continue;
     if (from === "in" && entry < 0) entry = nodes.push({ row: null, name: "input", kind: "", width: 56 }) - 1;
     const source = from === "in" ? entry : at.get(Number(from));
     if (source === undefined) continue;
-    const only = sides.size === 2 || state.side !== "both" ? "" : [...sides][0];
-    const target = at.get(Number(to));
+    const only = sides.size === 2 || state.side !== "both" ? "" : sides.has("before") ? "removed" : "inserted";
     const back = source !== entry && source > target; // of what was moved: laid out the other way round
     edges.push(back ? [target, source, only, true] : [source, target, only, false]);
   }
-  return { nodes, edges, left: block.below.length - children.length };
+  return { nodes, edges, left: all.length - children.length };
 }
 
 function bookkeeping(row) {
@@ -68,9 +86,7 @@ function bookkeeping(row) {
 }
 
 function shownClass(row) {
-  if (state.side === "before") return row.before.cls;
-  if (state.side === "after") return row.after.cls;
-  return classChange(row);
+  return state.side === "both" ? classChange(row) : classOf(row, SIDES[state.side].node(row));
 }
 
 function nodeShape(node, place) {
@@ -78,6 +94,7 @@ function nodeShape(node, place) {
   const classes = ["node"];
   if (row && row.k.length) classes.push(`is-${row.k[0]}`);
   if (row && isNorm(row)) classes.push("has-norm");
+  if (row && insideText(row)) classes.push("has-changes");
   if (row && row === state.selected) classes.push("on");
   const x = place.x - node.width / 2, y = place.y - NODE_HEIGHT / 2;
   const made = drawn("g", { class: classes.join(" "), transform: `translate(${x} ${y})` },
@@ -85,7 +102,7 @@ function nodeShape(node, place) {
     drawn("text", { x: node.width / 2, y: node.kind ? 16 : 23 }, node.name));
   if (node.kind) made.append(drawn("text", { class: "kind", x: node.width / 2, y: 30 }, node.kind));
   if (row) {
-    made.append(drawn("title", {}, `${pathOf(row.node)}\n${classChange(row)}`));
+    made.append(drawn("title", {}, [pathOf(row.node), classChange(row), insideText(row)].filter(Boolean).join("\n")));
     made.dataset.row = row.i;
     made.addEventListener("click", () => select(row));
   }

@@ -6,6 +6,8 @@ function startTheme() {
     document.documentElement.dataset.theme = chosen || (dark.matches ? "dark" : "light");
   };
   dark.addEventListener("change", apply);
+  addEventListener("beforeprint", () => { document.documentElement.dataset.theme = "light"; });
+  addEventListener("afterprint", apply);
   byId("theme").addEventListener("click", () => {
     chosen = document.documentElement.dataset.theme === "dark" ? "light" : "dark";
     apply();
@@ -16,32 +18,19 @@ function startTheme() {
 function startHeader() {
   byId("title").append(DIFF.names[0], element("span", { className: "arrow", textContent: "→" }), DIFF.names[1]);
   const same = ROWS.every((row) => !row.k.length);
-  const facts = DIFF.totals.map(([what, before, after, by]) => [what, before === after ? before : `${before} → ${after} (${by})`]);
+  const facts = DIFF.totals.map(([what, before, after, by]) => [what, by ? `${before} → ${after} (${by})` : before]);
   facts.unshift(["nodes", same ? "the same structure" : `${DIFF.counts.unchanged} unchanged`]);
-  for (const error of new Set(DIFF.errors)) if (error) facts.push(["not run", error]);
-  byId("totals").append(...facts.map(([name, text]) =>
-    element("div", {}, element("dt", { textContent: name }), element("dd", { textContent: text }))));
-}
-
-function setSearch(text) {
-  state.search = text.trim().toLowerCase();
-  state.opened.clear();
-  if (state.search) state.closed.clear();
-  else foldWholes();
-  tell("show");
+  for (const error of new Set(DIFF.errors)) if (error) facts.push(["not run", error, "trouble"]);
+  byId("totals").append(...facts.map(([name, text, className = ""]) =>
+    element("div", { className }, element("dt", { textContent: name }), element("dd", { textContent: text }))));
 }
 
 function foldAll() {
-  state.everything = false;
-  state.opened.clear();
-  state.closed = new Set(ROWS.filter((row) => row.below.length && row.parent).map((row) => row.i));
-  tell("show");
+  fold(ROWS.filter((row) => row.below.length && row.parent));
 }
 
 function unfoldAll() {
-  state.everything = true;
-  state.closed.clear();
-  tell("show");
+  fold([], true);
 }
 
 function pageKey(event) {
@@ -64,6 +53,7 @@ function pageKey(event) {
     n: () => nextChange(1),
     p: () => nextChange(-1),
     f: foldAll,
+    c: showOnlyChanges,
     u: unfoldAll,
     t: () => byId("theme").click(),
     Escape: () => select(null),
@@ -81,11 +71,13 @@ startDetails();
 startGraph();
 startChart();
 byId("search").addEventListener("input", () => setSearch(byId("search").value));
+byId("previous").addEventListener("click", () => nextChange(-1));
+byId("next").addEventListener("click", () => nextChange(1));
 byId("fold").addEventListener("click", foldAll);
+byId("only").addEventListener("click", showOnlyChanges);
 byId("unfold").addEventListener("click", unfoldAll);
 document.addEventListener("keydown", pageKey);
-foldWholes();
-tell("show");
+showOnlyChanges();
 select(ROWS.find((row) => row.k.length && row.parent) || ROWS[0]);
 tree.scroller.scrollTop = 0;
 performance.mark("ready");

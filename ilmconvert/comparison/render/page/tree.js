@@ -7,13 +7,16 @@ function treeCell(row, node, side) {
   cell.style.paddingLeft = `${Math.min(row.depth, 12) * 13}px`;
   if (!node) return cell;
   const open = row.below.length > 0 && !state.closed.has(row.i);
+  const moved = side === "before" && row.k.includes("moved"); // its parent there is another
+  const title = titleOf(node, side) + (node.kind === "call" ? "()" : "");
   cell.append(
     element("span", { className: "twist", textContent: row.below.length ? (open ? "▾" : "▸") : "" }),
-    element("span", { className: `name ${node.kind}`, textContent: titleOf(node, side) + (node.kind === "call" ? "()" : "") }),
-    element("span", { className: `cls ${node.role || ""}`, textContent: node.kind === "call" ? "" : node.cls }),
+    moved ? pathText(node, "name") : element("span", { className: `name ${node.kind}`, textContent: title }),
+    element("span", { className: `cls ${node.role || ""}`, textContent: node.kind === "call" ? "" : classOf(row, node) }),
   );
+  if (side === (row.after ? "after" : "before") && row.below.length && !open) cell.append(element("span", { className: "inside", textContent: insideText(row) }));
   const shapes = (node.out || []).map((shape) => shape.join("×")).join(", ");
-  cell.title = [pathOf(node), node.full || node.cls, shapes && `returns ${shapes}`, node.why && `not traced: ${node.why}`]
+  cell.title = [pathOf(node), fullClass(node), shapes && `returns ${shapes}`, node.why && `not traced: ${node.why}`]
     .filter(Boolean).join("\n");
   return cell;
 }
@@ -26,6 +29,7 @@ function gapRow(entry, index) {
   const made = element("div", { className: "row gap", id: `row-${index}` }, element("span"), text);
   made.setAttribute("role", "row");
   made.setAttribute("aria-level", depth + 1);
+  made.classList.toggle("on", entry.gap[0] === state.gap);
   made.addEventListener("click", () => showGap(entry));
   return made;
 }
@@ -41,8 +45,9 @@ function treeRow(entry, index) {
   made.setAttribute("role", "row");
   made.setAttribute("aria-level", row.depth + 1);
   if (row.below.length) made.setAttribute("aria-expanded", String(!state.closed.has(row.i)));
-  made.setAttribute("aria-selected", String(row === state.selected));
-  made.classList.toggle("on", row === state.selected);
+  const on = row === state.selected && !state.gap;
+  made.setAttribute("aria-selected", String(on));
+  made.classList.toggle("on", on);
   made.dataset.row = row.i;
   made.addEventListener("click", (event) => {
     if (event.target.className === "twist") toggle(row);
@@ -56,40 +61,63 @@ function showTree() {
   tree.shown = shownRows();
   tree.window.show(tree.shown);
   tree.scroller.setAttribute("aria-rowcount", tree.shown.length);
+  if (standing() < 0) state.gap = null; // it is shown now
+  tellStanding();
 }
 
 function showSelected() {
-  const index = tree.shown.findIndex((entry) => entry.row === state.selected);
-  if (index >= 0) {
-    tree.window.reveal(index);
-    tree.scroller.setAttribute("aria-activedescendant", `row-${index}`);
-  }
+  tellStanding();
+  if (standing() >= 0) tree.window.reveal(standing());
+  else tree.window.draw();
+}
+
+// Where the keyboard stands among the rows shown; -1 for nowhere.
+function standing() {
+  const here = ({ row, gap }) => (state.gap ? gap && gap[0] === state.gap : row && row === state.selected);
+  return tree.shown.findIndex(here);
+}
+
+function tellStanding() {
+  const index = standing();
+  if (index >= 0) tree.scroller.setAttribute("aria-activedescendant", `row-${index}`);
+  else tree.scroller.removeAttribute("aria-activedescendant");
 }
 
 function step(by) {
-  const at = tree.shown.findIndex((entry) => entry.row && entry.row === state.selected);
-  let next = at < 0 ? (by > 0 ? 0 : tree.shown.length - 1) : at + by;
-  next = Math.min(Math.max(next, 0), tree.shown.length - 1);
-  const way = by < 0 ? -1 : 1;
-  while (tree.shown[next] && tree.shown[next].gap) next += way;
-  if (tree.shown[next]) select(tree.shown[next].row);
+  const from = standing(), last = tree.shown.length - 1;
+  const entry = tree.shown[from < 0 ? (by > 0 ? 0 : last) : Math.min(Math.max(from + by, 0), last)];
+  if (entry && entry.row) select(entry.row);
+  else if (entry) {
+    state.gap = entry.gap[0];
+    showSelected();
+  }
+}
+
+function openGap() {
+  const first = state.gap;
+  showGap(tree.shown[standing()]);
+  select(first);
 }
 
 function treeKey(event) {
   const row = state.selected;
   const page = Math.max(1, Math.floor(tree.scroller.clientHeight / tree.window.height) - 1);
-  const keys = {
+  const moves = {
     ArrowDown: () => step(1),
     ArrowUp: () => step(-1),
     PageDown: () => step(page),
     PageUp: () => step(-page),
     Home: () => step(-tree.shown.length),
     End: () => step(tree.shown.length),
+  };
+  const onRow = {
     ArrowRight: () => row && (state.closed.has(row.i) ? toggle(row, true) : row.below.length && step(1)),
     ArrowLeft: () => row && (row.below.length && !state.closed.has(row.i) ? toggle(row, false) : row.parent && select(row.parent)),
     Enter: () => row && toggle(row),
     " ": () => row && toggle(row),
   };
+  const onGap = { ArrowRight: openGap, ArrowLeft: () => state.gap.parent && select(state.gap.parent), Enter: openGap, " ": openGap };
+  const keys = { ...moves, ...(state.gap ? onGap : onRow) };
   if (!keys[event.key] || event.ctrlKey || event.metaKey || event.altKey) return;
   event.preventDefault();
   keys[event.key]();

@@ -1,11 +1,13 @@
 // What is selected, searched for and folded; everything that shows it listens.
 const state = {
   selected: null,
+  gap: null, // the first of a run of rows left out, where the keyboard stands on that
   search: "",
   kinds: new Set(KINDS),
   closed: new Set(), // blocks that are folded
   opened: new Set(), // rows after which a run of other rows is shown
   everything: false,
+  kept: null, // how it was folded before a search
   side: "both",
 };
 const listeners = { select: [], show: [] };
@@ -16,6 +18,7 @@ function tell(what) {
 
 function select(row, { reveal = true } = {}) {
   state.selected = row;
+  state.gap = null;
   if (row && reveal) {
     let changed = false;
     for (let above = row.parent; above; above = above.parent) changed = state.closed.delete(above.i) || changed;
@@ -46,9 +49,9 @@ function changedRows() {
 
 // The rows on show, in order: {row} or {gap: rows, hidden: how many}. What does not match is left out in runs.
 function shownRows() {
-  const keep = new Uint8Array(ROWS.length);
+  const keep = new Uint8Array(ROWS.length), everything = state.everything && !narrowed();
   for (let i = ROWS.length - 1; i >= 0; i--) {
-    if (keep[i] || state.everything || matches(ROWS[i]) || state.opened.has(i)) {
+    if (keep[i] || everything || matches(ROWS[i]) || state.opened.has(i)) {
       keep[i] = 1;
       if (ROWS[i].parent) keep[ROWS[i].parent.i] = 1;
     }
@@ -75,8 +78,28 @@ function shownRows() {
   return shown;
 }
 
-function foldWholes() {
-  state.closed = new Set(ROWS.filter((row) => row.lone && row.uniform && row.below.length).map((row) => row.i));
+function fold(rows, everything = false) {
+  Object.assign(state, { closed: new Set(rows.map((row) => row.i)), opened: new Set(), everything });
+  tell("show");
+}
+
+// The first view: wholes that came or went are folded.
+function showOnlyChanges() {
+  fold(ROWS.filter((row) => row.lone && row.uniform && row.below.length));
+}
+
+// A search shows all it finds; at its end everything is folded as it was, apart from where the selection is now.
+function setSearch(text) {
+  const { search, selected, closed, opened, everything } = state;
+  state.search = text.trim().toLowerCase();
+  if (!search) state.kept = { selected, closed, opened, everything };
+  if (state.search) {
+    fold([]);
+    return;
+  }
+  Object.assign(state, state.kept, { selected });
+  tell("show");
+  if (selected !== state.kept.selected) select(selected);
 }
 
 function showGap(entry) {
@@ -106,6 +129,8 @@ class Window {
     scroller.append(this.space);
     scroller.addEventListener("scroll", () => this.draw(), { passive: true });
     new ResizeObserver(() => this.draw()).observe(scroller);
+    addEventListener("beforeprint", () => this.draw(true));
+    addEventListener("afterprint", () => this.draw());
   }
 
   show(entries) {
@@ -114,9 +139,9 @@ class Window {
     this.draw();
   }
 
-  draw() {
-    const first = Math.max(0, Math.floor(this.scroller.scrollTop / this.height) - 8);
-    const last = Math.min(this.entries.length, first + Math.ceil(this.scroller.clientHeight / this.height) + 17);
+  draw(all = false) {
+    const first = all ? 0 : Math.max(0, Math.floor(this.scroller.scrollTop / this.height) - 8);
+    const last = all ? this.entries.length : Math.min(this.entries.length, first + Math.ceil(this.scroller.clientHeight / this.height) + 17);
     const made = [];
     for (let i = first; i < last; i++) {
       const row = this.make(this.entries[i], i);
