@@ -85,8 +85,9 @@ def redirect_calls_(model: nn.Module, plan: Plan, layers: Mapping[str, nn.Module
     survives an undo. One that other code reads stays there too. Calls on the parameters of a norm module that became a
     layer run that layer.
     """
-    owned, readers = _of_owners(plan), _readers(model)
-    for owner_path, children in _children(plan).items():
+    children_of = _children(plan)
+    owned, readers = _of_owners(plan), _readers(model) if children_of else {}
+    for owner_path, children in children_of.items():
         owner, decisions = get_module(model, owner_path), owned.get(owner_path, [])
         for decision in decisions:
             owner.add_module(decision.site.layer_path.rpartition(".")[2], layers[decision.path])

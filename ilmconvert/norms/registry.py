@@ -77,6 +77,7 @@ _TABLE: dict[str, Entry | Refusal] = {}
 _TENSORS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
 _PARTS = ("drop.", "act.", "parametrizations.")  # modules of a norm that its layer takes over
 _NEVER_NORMS = ("WeightNorm", "SpectralNorm")  # parametrizations of weights, not of activations
+_WITH_MATRIX = (nn.Linear, nn.Bilinear, nn.Embedding, nn.modules.conv._ConvNd)
 
 
 def class_name(cls: type) -> str:
@@ -188,15 +189,13 @@ def _movable(module: nn.Module, handler: NormHandler) -> bool:
 def _suspect(module: nn.Module) -> Refusal | None:
     """A class of unknown origin that calls itself a norm is reported, not passed over.
 
-    What holds norms or matrices of weights is no norm itself, only named after one.
+    What holds norms or layers with matrices of weights, or is such a layer, is no norm itself, only named after one.
     """
     name = type(module).__name__
-    if "norm" not in name.lower() or name.lstrip("_").startswith(_NEVER_NORMS):
+    if "norm" not in name.lower() or name.lstrip("_").startswith(_NEVER_NORMS) or isinstance(module, _WITH_MATRIX):
         return None
     inner = [m for m in module.modules() if m is not module]
     if any(find(m) or any(p.ndim > 1 for p in m.parameters(False)) for m in inner):
-        return None
-    if any(p.squeeze().ndim > 1 for p in module.parameters(False)):  # a scale may be (1, C, 1, 1)
         return None
     return Refusal(
         "unknown-norm",

@@ -256,7 +256,7 @@ def test_a_layer_with_a_matrix_is_no_norm_whatever_its_name() -> None:
     class ScaleNorm(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.scale = nn.Parameter(torch.ones(1, 8, 1, 1))
+            self.scale = nn.Parameter(torch.ones(8, 6, 5))
 
     assert find(NormedLinear(4, 4)) is None
     assert find(ScaleNorm()).code == "unknown-norm"
