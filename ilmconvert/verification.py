@@ -164,7 +164,10 @@ def _outputs(model: nn.Module, inputs: Inputs, who: str) -> list[Tensor]:
     try:
         return inputs.outputs(model)
     except Exception as error:
-        raise IlmconvertError(f"{who} cannot be run: {type(error).__name__}: {error}") from error
+        raise IlmconvertError(
+            f"{who} cannot be run on these inputs: {type(error).__name__}: {' '.join(str(error).split())[:300]}. Give "
+            "others that it takes (--input-size; from Python where they are no images)"
+        ) from error
 
 
 def _modes(original: nn.Module, converted: nn.Module) -> Check:

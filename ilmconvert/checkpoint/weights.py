@@ -59,7 +59,12 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     """
     state = read_state_dict(path)
     given = {k for k in model.state_dict() if k in state or not k.endswith(".num_batches_tracked")}  # as torch does
-    check_keys({k: v for k, v in model.state_dict().items() if k in given}, state, str(path))
+    try:
+        check_keys({k: v for k, v in model.state_dict().items() if k in given}, state, str(path))
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}. Build the model as the saved one was (--model-arg num_classes=N, say)"
+        ) from None
     model.load_state_dict(state)
 
 
