@@ -29,7 +29,7 @@ from ilmconvert.sources import Source
 if TYPE_CHECKING:
     from ilmconvert.comparison import GraphDiff
 
-__all__ = ["Conversion", "Progress", "apply_plan", "convert", "convert_", "inspect"]
+__all__ = ["Conversion", "Progress", "apply_plan", "convert", "convert_", "inspect", "size_of"]
 
 Progress = Callable[[str, int, int], None]
 
@@ -44,6 +44,7 @@ class Conversion:
         originals: the norms that were replaced, by canonical path.
         source: how the original can be built again; None if that is not known.
         fingerprint: of everything but the ILM layers, as it was when converted; None if that is not known.
+        parameters: how many the model had when it was converted or loaded; a factory makes one of that size.
     """
 
     model: nn.Module
@@ -51,6 +52,7 @@ class Conversion:
     originals: dict[str, nn.Module]
     source: Source | None = None
     fingerprint: str | None = None
+    parameters: int = 0
 
     def __repr__(self) -> str:
         return f"<Conversion of {str(self.report).splitlines()[0]}>"
@@ -193,7 +195,7 @@ def inspect(
     search = find_sites(model, resolve_inputs(model, example_inputs, make=torch.empty))
     plan = make_plan(search, wanted, type(model).__name__)
     norms = {d.path: get_module(model, d.path) for d in plan.converted if d.site.call is None}
-    return Report.of(plan, _size(model), norms)
+    return Report.of(plan, size_of(model), norms)
 
 
 def convert(
@@ -272,7 +274,7 @@ def apply_plan(model: nn.Module, plan: Plan, *, progress: Progress | None = None
     """
     if not isinstance(plan, Plan):
         raise UsageError(f"expected a Plan (Plan.from_json reads one), got {type(plan).__name__}")
-    return _carry_out(model, Report(plan, _size(model)), progress)
+    return _carry_out(model, Report(plan, size_of(model)), progress)
 
 
 @collector_paused()
@@ -288,10 +290,11 @@ def _carry_out(model: nn.Module, report: Report, progress: Progress | None, *, i
     with torch.inference_mode(False):  # inference tensors could not be trained
         converted, originals = rewrite(model, report.plan, in_place=in_place, on_site=step)
     told = Report.of(report.plan, report.parameters, originals)
-    return Conversion(converted, told, originals, Source.of(model), _fingerprint(converted))
+    return Conversion(converted, told, originals, Source.of(model), _fingerprint(converted), size_of(converted))
 
 
-def _size(model: nn.Module) -> int:
+def size_of(model: nn.Module) -> int:
+    """How many parameters a model has."""
     return sum(p.numel() for p in model.parameters())
 
 

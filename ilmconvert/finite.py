@@ -42,7 +42,8 @@ def told_not_finite(model: nn.Module) -> str:
 def _values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         wide = tensor.is_floating_point() and tensor.element_size() > 1  # there is no arithmetic with 8 bits
-        if wide and not tensor.is_meta and tensor.layout is torch.strided:
+        plain = type(tensor.detach()) is Tensor and tensor.layout is torch.strided  # no shard, no fake
+        if wide and plain and not tensor.is_meta:
             yield name, tensor
 
 

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ilmconvert.errors import PlanError
 from ilmconvert.graph.calls import FoundCall, as_module, find_calls
-from ilmconvert.graph.mentions import own_reads, read_attributes
+from ilmconvert.graph.mentions import read_attributes
 from ilmconvert.graph.owner import redirect_, restore_
 from ilmconvert.graph.shadow import shadow
 from ilmconvert.graph.tracer import TraceError
@@ -115,12 +115,12 @@ def _readers(model: nn.Module) -> _Readers:
 
 
 def _read_by_others(owner: nn.Module, path: str, readers: _Readers) -> bool:
-    """Whether other code than the owner's forward uses a tensor: a reader's, its holder's, or another method's."""
+    """Whether other code than the owner's uses a tensor: that of a reader, or of the module that holds it."""
     home, _, name = path.rpartition(".")
     holder = owner.get_submodule(home)
     runs = holder is not owner and type(holder).forward is not nn.Module.forward
     by = [*readers.get((holder, name), ()), *readers.get((None, name), ())]
-    return runs or path.partition(".")[0] in own_reads(owner) or any(reader is not owner for reader in by)
+    return runs or any(reader is not owner for reader in by)
 
 
 def _children(plan: Plan) -> dict[str, dict[str, str]]:

@@ -397,6 +397,11 @@ class Frozen(Child):
         return super().forward(x)
 
 
+class OverridesFrozen(Frozen):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
 class Undifferentiated(Child):
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
@@ -436,6 +441,7 @@ class TwoWays(Child):
         (Counting(), r"\(calls\)"),
         (Averaging(), "a buffer"),
         (TwoWays(), "'features'"),
+        (OverridesFrozen(), "with block"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
@@ -463,13 +469,34 @@ class Penalized(Child):
         return self.w.square().sum()
 
 
-@pytest.mark.parametrize("model", [ReadsOfAList(), Penalized()], ids=["an element", "another method"])
-def test_tensors_that_are_read_elsewhere_stay_the_layers_too(model: nn.Module) -> None:
-    x = torch.randn(3, C)
+def test_a_tensor_that_is_read_of_a_list_stays_under_its_name() -> None:
+    model, x = ReadsOfAList(), torch.randn(3, C)
     conversion = ilmconvert.convert(model, example_inputs=x)
-    assert conversion.report.skipped == ()
+    assert len(conversion.report.converted) == 2
     assert relative(model(x), conversion.model(x)) < 1e-6
-    if isinstance(model, Penalized):
-        conversion.model.penalty().backward()
-        (layer,) = (m for m in conversion.model.modules() if isinstance(m, ILMNorm))
-        assert torch.equal(layer.weight.grad, 2 * model.w)
+
+
+class PenalizedInside(Child):
+    def penalty(self) -> Tensor:
+        return sum(self.w[i] ** 2 for i in range(C))  # type: ignore[return-value]
+
+
+class Initialized(Child):
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.w)
+
+
+@pytest.mark.parametrize(("model", "stays"), [(Penalized(), True), (PenalizedInside(), True), (Initialized(), False)])
+def test_a_norm_whose_parameters_another_method_reads_stays(model: nn.Module, stays: bool) -> None:
+    conversion = ilmconvert.convert(nn.Sequential(model), example_inputs=torch.randn(3, C))
+    assert [d.code for d in conversion.report.skipped] == ["parameters-read"] * stays
+
+
+def test_a_plan_made_before_is_carried_out_all_the_same() -> None:
+    """The refusals are decisions; and they hold whatever surrounds the conversion."""
+    model, x = nn.Sequential(Undifferentiated()), torch.randn(3, C)
+    with torch.no_grad():
+        assert ilmconvert.convert(model, example_inputs=x).report.converted == ()
+    with torch.device("cpu"), torch.inference_mode():
+        plan = ilmconvert.convert(nn.Sequential(Child()), example_inputs=x).plan
+    assert len(ilmconvert.apply_plan(nn.Sequential(Frozen()), plan).report.converted) == 1

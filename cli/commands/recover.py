@@ -115,10 +115,10 @@ def recover(
 
 def _run_folder(output: Path, *, resume: bool, force: bool) -> Path:
     """Where the state of the run is kept until it is done, beside the output."""
-    from ilmconvert.training.state import RUN_FILES
+    from ilmconvert.training.state import is_run_file
 
     run = output.resolve().with_name(f"{output.resolve().name}.run")
-    foreign = sorted(file.name for file in run.iterdir() if file.name not in RUN_FILES) if run.is_dir() else []
+    foreign = sorted(file.name for file in run.iterdir() if not is_run_file(file.name)) if run.is_dir() else []
     if foreign or run.is_file():
         raise OutputExistsError(
             f"expected {str(run)!r} for the state of the run, but there is something else: "

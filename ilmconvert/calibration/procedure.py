@@ -141,7 +141,8 @@ def calibrate(
 @torch.no_grad()
 def _check_batch(model: nn.Module, batch: Inputs) -> None:
     try:
-        tensors = batch.outputs(model)
+        with same_noise():
+            output = batch(model)
     except Exception as error:  # a forward pass may raise anything
         shapes = ", ".join(str(tuple(v.shape)) for v in batch.args if isinstance(v, Tensor)) or "no tensors"
         raise UsageError(
@@ -149,7 +150,7 @@ def _check_batch(model: nn.Module, batch: Inputs) -> None:
             f"arguments, without labels ((x for x, _ in loader)); the first, {shapes}, ends in "
             f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         ) from error
-    if any(t.is_floating_point() and not t.isfinite().all() for t in tensors):
+    if not logits_of(output).isfinite().all():
         raise ModelError(
             f"expected an original with finite outputs, but those of {type(model).__name__} are not; "
             f"{told_not_finite(model) or 'all of its tensors are, so look at the images'}"

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from ilmconvert.checkpoint.card import model_card
 from ilmconvert.checkpoint.weights import check_keys
-from ilmconvert.conversion import Conversion
+from ilmconvert.conversion import Conversion, size_of
 from ilmconvert.errors import CheckpointError, IlmconvertError, NotFoundError, OutputExistsError, PlanError
 from ilmconvert.plan import Plan
 from ilmconvert.report import Report
@@ -178,8 +178,8 @@ def load_conversion(path: str | Path, *, model: nn.Module | None = None, trust_f
     converted, originals = rewrite(original, plan)
     _load_strictly(converted, folder / WEIGHTS)
     _restore_norms(originals, folder / NORMS)
-    report = Report.of(plan, sum(p.numel() for p in original.parameters()), originals)
-    return Conversion(converted.eval(), report, originals, _source(config), config["ilmconvert"].get("fingerprint"))
+    report, known = Report.of(plan, size_of(original), originals), config["ilmconvert"].get("fingerprint")
+    return Conversion(converted.eval(), report, originals, _source(config), known, size_of(converted))
 
 
 def check_target(path: str | Path, *, force: bool) -> Path:
@@ -247,9 +247,7 @@ def _umask() -> int:
 def _trusted(conversion: Conversion) -> Source | None:
     """The model's own source, if it does rebuild the same weights."""
     if conversion.source is not None and conversion.source.kind == "factory":
-        report = conversion.report  # nothing but the size is known of what the factory, not called again, returned
-        size = sum(p.numel() for p in conversion.model.parameters())
-        if size == report.parameters + report.added_parameters:
+        if size_of(conversion.model) == conversion.parameters:  # the factory is not called again to know more
             return conversion.source
         warnings.warn(
             f"{conversion.source.name} built a model of another size, so load() will need model=...; or give a factory "

@@ -82,18 +82,18 @@ class FoundCall:
 
 
 class _OwnerTracer(fx.Tracer):
-    """Follows one forward and none of its children's; refuses to where a graph would lose what the code does."""
+    """Follows one forward and none of its children's; if ``strict``, only where a graph loses nothing of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, strict: bool) -> None:
         super().__init__(autowrap_modules=(math,), param_shapes_constant=True)
-        self._surroundings = _surroundings()
+        self._surroundings = _surroundings() if strict else None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """As torch.fx does, which does not write ``with`` blocks and decorators down."""
-        if _surroundings() != self._surroundings:
+        if self._surroundings and _surroundings() != self._surroundings:
             raise TraceError("a part of it runs without gradients or in an autocast of its own, which a trace forgets")
         return super().create_node(*args, **kwargs)
 
@@ -105,7 +105,6 @@ def _surroundings() -> tuple[Any, ...]:
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         *((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices),
-        torch._C._len_torch_function_stack(),
     )
 
 
@@ -116,34 +115,40 @@ def _held(owner: nn.Module) -> list[tuple[str, Any]]:
         for name, value in vars(module).items():
             inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
             held += [(name, id(value)), *((name, (key, id(item))) for key, item in inside)]
-    return held + [("a buffer", buffer._version) for buffer in owner.buffers()]
+    return held + [("a buffer", buffer._version) for buffer in owner.buffers() if not buffer.is_inference()]
 
 
-def owner_graphs(owner: nn.Module) -> dict[bool, fx.Graph]:
+def owner_graphs(owner: nn.Module, *, strict: bool = False) -> dict[bool, fx.Graph]:
     """The owner's own forward as a graph in training mode (True) and in evaluation (False); its flag is put back.
+
+    Args:
+        owner: a (shadow) module.
+        strict: refuse a forward of which a graph would lose something, as is right for a decision; a plan that is
+            carried out was decided before.
 
     Raises:
         TraceError: torch.fx cannot follow it in one of them.
     """
     flag = owner.training
     try:
-        return {mode: _trace(owner, mode) for mode in (flag, not flag)}
+        with torch.inference_mode(False), torch.enable_grad():
+            return {mode: _trace(owner, mode, strict) for mode in (flag, not flag)}
     finally:
         owner.training = flag
 
 
-def _trace(owner: nn.Module, training: bool) -> fx.Graph:
+def _trace(owner: nn.Module, training: bool, strict: bool) -> fx.Graph:
     owner.training = training
     defaults = concrete_defaults(owner)
     names = list(inspect.signature(owner.forward).parameters)
     before = _held(owner)
-    if has_with_block(owner):
+    if strict and has_with_block(owner):
         raise TraceError("it has a with block, which a trace forgets")
     try:
-        graph = _OwnerTracer().trace(owner, concrete_args=defaults)
+        graph = _OwnerTracer(strict).trace(owner, concrete_args=defaults)
     except Exception as error:  # forward code may raise anything when it meets a proxy
         raise TraceError(" ".join(str(error).split())[:300] or type(error).__name__) from error
-    if changed := {name for name, _ in set(_held(owner)) ^ set(before)}:
+    if strict and (changed := {name for name, _ in set(_held(owner)) ^ set(before)}):
         raise TraceError(f"it changes what its module holds ({', '.join(sorted(changed))}), which a trace forgets")
     for node, name in zip((n for n in graph.nodes if n.op == "placeholder"), names, strict=False):
         if not str(node.target).startswith("*"):
@@ -169,18 +174,19 @@ class OwnerCalls:
         return tuple(shape for i, shape in enumerate(shapes) if order[i % len(order)] == call.call.name)
 
 
-def find_calls(owner: nn.Module, ranks: Mapping[str, int]) -> OwnerCalls:
+def find_calls(owner: nn.Module, ranks: Mapping[str, int], *, strict: bool = False) -> OwnerCalls:
     """The norms that ``owner``'s forward calls as functions, each once, those of its present mode first.
 
     Args:
         owner: a (shadow) module.
         ranks: function to the rank of its input, where a run has shown it.
+        strict: see :func:`owner_graphs`.
 
     Raises:
         TraceError: torch.fx cannot follow the owner.
     """
     found: dict[str, FoundCall] = {}
-    nodes = norm_nodes(owner_graphs(owner), owner, ranks)
+    nodes = norm_nodes(owner_graphs(owner, strict=strict), owner, ranks)
     for mode in (owner.training, not owner.training):
         for _, call in nodes[mode]:
             found.setdefault(call.call.name, call)

@@ -17,7 +17,7 @@ from ilmconvert.graph.calls import (
     function_name,
 )
 from ilmconvert.graph.explore import Exploration
-from ilmconvert.graph.mentions import mentioned_norms, methods_with_norms
+from ilmconvert.graph.mentions import mentioned_norms, methods_with_norms, own_reads
 from ilmconvert.graph.run import FunctionalCall, Run, Shapes
 from ilmconvert.graph.tracer import TraceError
 from ilmconvert.norms import Entry, NormSpec, Refusal, find
@@ -96,7 +96,7 @@ def _of_owner(
 ) -> Iterator[FunctionalNorm]:
     how = "graph" if nodes else "run" if ran else "walk"
     try:
-        found = find_calls(module, _ranks(ran))
+        found = find_calls(module, _ranks(ran), strict=True)
     except TraceError as error:
         yield from _untraced(owner, module, nodes, ran, run.completed, str(error))
         return
@@ -135,6 +135,13 @@ def _described(
         refusal = Refusal(
             "functional", f"only a forward is rewritten, and the method {others[0]!r} makes such calls too"
         )
+    readers = [
+        n
+        for n, names in own_reads(module).items()
+        if names & {p.partition(".")[0] for p in found.call.tensors.values()}
+    ]
+    if refusal is None and readers:
+        refusal = Refusal("parameters-read", f"its module's method {readers[0]!r} reads its parameters too")
     if refusal is None and owner in run.unusual:
         refusal = Refusal("functional", "its module is called with other values than the defaults of its parameters")
     channels = shapes[0][1] if shapes and len(shapes[0]) > 1 else None

@@ -29,8 +29,9 @@ class Inputs:
         return Inputs(args, kwargs)
 
     def copied(self) -> Inputs:
-        """The same with tensors of their own, for what may change them in place."""
-        return self.map(torch.clone)
+        """The same with tensors of their own, for what may change them in place; one given twice stays one."""
+        copies: dict[int, Tensor] = {}
+        return self.map(lambda t: copies.setdefault(id(t), t.clone()))
 
     def __call__(self, model: nn.Module) -> Any:
         """Call ``model`` with (copies of) these arguments."""

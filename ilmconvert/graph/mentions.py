@@ -94,19 +94,21 @@ def read_attributes(module: nn.Module) -> frozenset[tuple[str, str]]:
     return _reads_of(cls)
 
 
-def own_reads(module: nn.Module) -> frozenset[str]:
-    """The attributes of its own that a module's other public methods read, with the methods these use.
+def own_reads(module: nn.Module) -> dict[str, frozenset[str]]:
+    """By the other public methods of a module, the attributes of its own that they read, with the methods they use.
+
+    Methods that initialize (``reset_*``, ``init*``) do not count.
 
     Example:
         >>> class Own(nn.Module):
         ...     def penalty(self):
         ...         return self.gamma.square().sum()
-        >>> sorted(own_reads(Own()))
-        ['gamma']
+        >>> own_reads(Own())
+        {'penalty': frozenset({'gamma'})}
     """
     cls: Any = type(module)
-    methods = {method for name in _public_methods(cls) for method in _reached(cls, name)}
-    return frozenset(chain[0] for method in methods for chain in _chains(method)) - {"*"}
+    names = (name for name in _public_methods(cls) if not name.startswith(("reset", "init")))
+    return {name: frozenset(c[0] for m in _reached(cls, name) for c in _chains(m) if c[0] != "*") for name in names}
 
 
 def methods_with_norms(module: nn.Module) -> dict[str, frozenset[str]]:
@@ -143,18 +145,31 @@ def _public_methods(cls: type) -> tuple[str, ...]:
 @cache
 def _reached(cls: type, start: str) -> tuple[types.FunctionType, ...]:
     """A method and those that it uses, ``forward`` not among the latter; torch's own modules are not looked into."""
-    found: dict[str, types.FunctionType] = {}
+    found: list[types.FunctionType] = []
     todo, seen = [start], {"forward"} - {start}
     while todo:
-        method: Any = getattr(cls, name := todo.pop(), None)
-        method = method.fget if isinstance(method, property) else method
-        method = inspect.unwrap(method) if callable(method) else None
-        if name in seen or not isinstance(method, types.FunctionType) or str(method.__module__).startswith("torch."):
+        if (name := todo.pop()) in seen:
             continue
         seen.add(name)
-        found[name] = method
-        todo += [chain[0] for chain in _chains(method)]
-    return tuple(found.values())
+        for method in _definitions(cls, name):
+            found.append(method)
+            todo += [chain[0] for chain in _chains(method)]
+    return tuple(found)
+
+
+def _definitions(cls: type, name: str) -> Iterator[types.FunctionType]:
+    """A method, and what it overrides as far as ``super()`` may lead there."""
+    for base in cls.__mro__:
+        method: Any = vars(base).get(name)
+        method = method.fget if isinstance(method, property) else method
+        method = inspect.unwrap(method) if callable(method) else None
+        if method is None:
+            continue
+        if not isinstance(method, types.FunctionType) or str(method.__module__).startswith("torch."):
+            return
+        yield method
+        if "super" not in method.__code__.co_names:
+            return
 
 
 @cache
@@ -168,7 +183,13 @@ def _chains(method: types.FunctionType) -> Iterator[list[str]]:
 
     Those of anything else, a module of Python aside, come as ``["*", "weight"]``.
     """
-    code = method.__code__
+    yield from _chains_of(method.__code__, *method.__code__.co_varnames[:1])
+
+
+def _chains_of(code: types.CodeType, me: str | None = None) -> Iterator[list[str]]:
+    for constant in code.co_consts:  # functions and comprehensions inside
+        if isinstance(constant, types.CodeType):
+            yield from _chains_of(constant, me)
     chain: list[str] | None = None
     for step in dis.get_instructions(code):
         if step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
@@ -178,7 +199,7 @@ def _chains(method: types.FunctionType) -> Iterator[list[str]]:
         if chain and chain[0] != "":
             yield chain
         last = step.argval[-1] if isinstance(step.argval, tuple) and step.argval else step.argval
-        if step.opname.startswith("LOAD_FAST") and [last] == [*code.co_varnames[:1]]:
+        if ("LOAD_FAST" in step.opname or step.opname == "LOAD_DEREF") and last == me:
             chain = []
         else:
             chain = [""] if step.opname in ("LOAD_GLOBAL", "LOAD_NAME") else None

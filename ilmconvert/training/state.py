@@ -25,12 +25,11 @@ from torch.distributed.checkpoint.state_dict import (
 
 from ilmconvert.errors import CheckpointError
 
-__all__ = ["CHECKPOINT", "JOURNAL", "RUN_FILES", "RunState", "full_weights", "read_state", "restore_", "write_state"]
+__all__ = ["CHECKPOINT", "JOURNAL", "RunState", "full_weights", "is_run_file", "read_state", "restore_", "write_state"]
 
 CHECKPOINT = "checkpoint.safetensors"
 JOURNAL = "recover.jsonl"
 _NEW = f".{CHECKPOINT}.new"
-RUN_FILES = (CHECKPOINT, _NEW, JOURNAL)
 _FULL = StateDictOptions(full_state_dict=True)
 
 
@@ -81,6 +80,11 @@ def write_state(
     apart = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     save_file(apart, str(beside), metadata={"progress": json.dumps(progress)})
     beside.replace(folder / CHECKPOINT)
+
+
+def is_run_file(name: str) -> bool:
+    """Whether a run leaves files of that name in its folder; safetensors begins one with a name of its own."""
+    return name in (CHECKPOINT, _NEW, JOURNAL) or name.startswith(".tmp")
 
 
 def read_state(folder: Path) -> RunState:
