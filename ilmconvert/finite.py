@@ -7,18 +7,20 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-__all__ = ["all_finite", "not_finite", "told_not_finite"]
+__all__ = ["all_finite", "not_finite", "why_not_finite"]
 
 
+@torch.no_grad()
 def all_finite(modules: Iterable[nn.Module]) -> bool:
-    """Whether small modules hold neither NaN nor infinity, in few operations."""
+    """Whether modules hold neither NaN nor infinity; with one look at a device's memory for all of them."""
     by_device: dict[torch.device, list[Tensor]] = {}
     for module in modules:
         for _, tensor in _values(module):
-            by_device.setdefault(tensor.device, []).append(tensor.detach().reshape(-1))
-    return all(bool(torch.cat(tensors).isfinite().all()) for tensors in by_device.values())
+            by_device.setdefault(tensor.device, []).append(_sum(tensor))
+    return all(bool(torch.stack(sums).isfinite().all()) for sums in by_device.values())
 
 
+@torch.no_grad()
 def not_finite(model: nn.Module) -> tuple[str, ...]:
     """The names of parameters and buffers that hold NaN or infinity; none where there are no values (meta device).
 
@@ -29,14 +31,16 @@ def not_finite(model: nn.Module) -> tuple[str, ...]:
         >>> not_finite(layer)
         ('bias',)
     """
-    return tuple(name for name, tensor in _values(model) if not torch.isfinite(_sum(tensor)))
+    return tuple(name for name, tensor in _values(model) if not _sum(tensor).isfinite())
 
 
-def told_not_finite(model: nn.Module) -> str:
-    """The same in words; empty if there are none."""
+def why_not_finite(model: nn.Module) -> str:
+    """Where to look when what a model gives out is not finite."""
     names = not_finite(model)
+    if not names:
+        return "all that it holds is, so look at its inputs"
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"it holds NaN or infinity in {', '.join(names[:3])}{more}" if names else ""
+    return f"it holds NaN or infinity in {', '.join(names[:3])}{more}"
 
 
 def _values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -47,7 +51,6 @@ def _values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor
 
 
-@torch.no_grad()
 def _sum(tensor: Tensor) -> Tensor:
-    """It is not finite if an element is not; and needs no memory, as a look at each element would."""
+    """Not finite if an element is not; and it needs no memory, as a look at each would."""
     return tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))

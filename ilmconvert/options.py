@@ -61,7 +61,7 @@ class ConvertOptions:
             object.__setattr__(self, name, _strings(name, getattr(self, name)))
         _one_of("bn_to", self.bn_to, get_args(BatchTarget))
         _one_of("mode", self.mode, get_args(Mode))
-        if self.gains not in (None, True, False) or isinstance(self.gains, int) != isinstance(self.gains, bool):
+        if not isinstance(self.gains, (bool, type(None))):
             raise UsageError(f"expected gains to be True, False or None, got {self.gains!r}")
         for name in ("num_groups", "group_size", "key_group_size", "reduction"):
             _positive(name, getattr(self, name))

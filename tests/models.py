@@ -118,3 +118,14 @@ def small_cnn(channels: int = 16) -> nn.Module:
 def not_a_model() -> int:
     """Returns something else."""
     return 3
+
+
+class OwnCall(nn.Module):
+    """A norm function on parameters of its own, for 16 channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.b = nn.Parameter(torch.rand(16) + 0.5), nn.Parameter(torch.randn(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, (16,), self.w, self.b)

@@ -112,6 +112,7 @@ def test_filters(fields: dict, converted: list[str] | str) -> None:
         ({"options": ConvertOptions(), "gains": True}, "expected options or keyword fields, got both"),
         ({"exclude": ["1", 2]}, r"expected exclude to be a string or several, got \['1', 2\]"),
         ({"norms": None}, "expected norms to be a string or several, got None"),
+        ({"gains": 1}, "expected gains to be True, False or None, got 1"),
         ({"options": {"gains": True}}, "expected ConvertOptions, or options by keyword .*, got dict"),
     ],
 )

@@ -85,7 +85,8 @@ class Program:
             graph = trace(shadow(self.model, FakeTensorMode(allow_non_fake_inputs=True)))
             with torch.no_grad():
                 same = _equal(
-                    inputs(self.model), fx.Interpreter(self.model, graph=graph).run(*self._bound(graph.nodes, inputs))
+                    inputs(self.model),
+                    fx.Interpreter(self.model, graph=graph).run(*self._bound(graph.nodes, inputs.copied())),
                 )
         except (TraceError, TypeError, RuntimeError, ValueError, AssertionError, AttributeError):
             return None  # the network itself is run instead
@@ -93,8 +94,7 @@ class Program:
 
     def _bound(self, nodes: Iterable[fx.Node], inputs: Inputs) -> list[Any]:
         """A value for each placeholder; the graph itself objects to values that its trace did not foresee."""
-        given = inputs.copied()
-        call = inspect.signature(self.model.forward).bind(*given.args, **given.kwargs)
+        call = inspect.signature(self.model.forward).bind(*inputs.args, **inputs.kwargs)
         call.apply_defaults()
         values, placeholders = list(call.arguments.values()), [n for n in nodes if n.op == "placeholder"]
         if len(values) != len(placeholders):
@@ -112,7 +112,7 @@ class Program:
         """The values that a walk begins with, by node name."""
         placeholders = [node.name for node in self.nodes if node.op == "placeholder"]
         given = inputs.copied()
-        values = [given.args, dict(given.kwargs)] if self.prefix else self._bound(self.nodes, inputs)
+        values = [given.args, dict(given.kwargs)] if self.prefix else self._bound(self.nodes, given)
         return dict(zip(placeholders, values, strict=True))
 
     def run(self, node: fx.Node, values: dict[str, Any]) -> Any:

@@ -15,7 +15,7 @@ from ilmconvert.calibration.fitting import RIDGE, Samples, bare_norm, fit_
 from ilmconvert.calibration.lockstep import Program, Visit, Walk, Walks
 from ilmconvert.calibration.report import CalibrationReport, SiteCalibration
 from ilmconvert.errors import ModelError, UsageError
-from ilmconvert.finite import told_not_finite
+from ilmconvert.finite import why_not_finite
 from ilmconvert.graph.inputs import Inputs, check_model, example_inputs, first_tensor, same_noise
 from ilmconvert.graph.shadow import copy_model
 from ilmconvert.images import image_batches
@@ -153,7 +153,7 @@ def _check_batch(model: nn.Module, batch: Inputs) -> None:
     if not logits_of(output).isfinite().all():
         raise ModelError(
             f"expected an original with finite outputs, but those of {type(model).__name__} are not; "
-            f"{told_not_finite(model) or 'all of its tensors are, so look at the images'}"
+            f"{why_not_finite(model)}"
         )
 
 

@@ -135,11 +135,8 @@ def _described(
         refusal = Refusal(
             "functional", f"only a forward is rewritten, and the method {others[0]!r} makes such calls too"
         )
-    readers = [
-        n
-        for n, names in own_reads(module).items()
-        if names & {p.partition(".")[0] for p in found.call.tensors.values()}
-    ]
+    used = {path.partition(".")[0] for path in found.call.tensors.values()}
+    readers = [name for name, read in own_reads(module).items() if read & used]
     if refusal is None and readers:
         refusal = Refusal("parameters-read", f"its module's method {readers[0]!r} reads its parameters too")
     if refusal is None and owner in run.unusual:

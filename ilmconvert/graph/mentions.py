@@ -64,7 +64,7 @@ def _of_function(function: types.FunctionType, depth: int) -> frozenset[str]:
 def _values(code: types.CodeType, names: dict[str, Any]) -> Iterator[Any]:
     """What the code's global names, and attributes of modules among them, stand for."""
     value: Any = None
-    for step in dis.get_instructions(code):
+    for step in (step for inner in _codes(code) for step in dis.get_instructions(inner)):
         if step.opname == "LOAD_GLOBAL":
             value = names.get(step.argval)
         elif step.opname in ("LOAD_ATTR", "LOAD_METHOD") and isinstance(value, types.ModuleType):
@@ -72,9 +72,14 @@ def _values(code: types.CodeType, names: dict[str, Any]) -> Iterator[Any]:
         else:
             continue
         yield value
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    """A function's code, and that of the functions and comprehensions inside."""
+    yield code
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            yield from _values(constant, names)
+            yield from _codes(constant)
 
 
 def read_attributes(module: nn.Module) -> frozenset[tuple[str, str]]:
@@ -131,7 +136,8 @@ def methods_with_norms(module: nn.Module) -> dict[str, frozenset[str]]:
 def has_with_block(module: nn.Module) -> bool:
     """Whether the forward pass, with the methods it uses, enters a context manager."""
     cls: Any = type(module)
-    steps = (step for method in _reached(cls, "forward") for step in dis.get_instructions(method))
+    codes = (code for method in _reached(cls, "forward") for code in _codes(method.__code__))
+    steps = (step for code in codes for step in dis.get_instructions(code))
     return any(s.opname in _ENTERING or (s.opname == "LOAD_SPECIAL" and "enter" in s.argrepr) for s in steps)
 
 
@@ -183,13 +189,12 @@ def _chains(method: types.FunctionType) -> Iterator[list[str]]:
 
     Those of anything else, a module of Python aside, come as ``["*", "weight"]``.
     """
-    yield from _chains_of(method.__code__, *method.__code__.co_varnames[:1])
+    me = method.__code__.co_varnames[:1]
+    for code in _codes(method.__code__):
+        yield from _chains_of(code, me)
 
 
-def _chains_of(code: types.CodeType, me: str | None = None) -> Iterator[list[str]]:
-    for constant in code.co_consts:  # functions and comprehensions inside
-        if isinstance(constant, types.CodeType):
-            yield from _chains_of(constant, me)
+def _chains_of(code: types.CodeType, me: tuple[str, ...]) -> Iterator[list[str]]:
     chain: list[str] | None = None
     for step in dis.get_instructions(code):
         if step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
@@ -199,7 +204,7 @@ def _chains_of(code: types.CodeType, me: str | None = None) -> Iterator[list[str
         if chain and chain[0] != "":
             yield chain
         last = step.argval[-1] if isinstance(step.argval, tuple) and step.argval else step.argval
-        if ("LOAD_FAST" in step.opname or step.opname == "LOAD_DEREF") and last == me:
+        if ("LOAD_FAST" in step.opname or step.opname == "LOAD_DEREF") and last in me:
             chain = []
         else:
             chain = [""] if step.opname in ("LOAD_GLOBAL", "LOAD_NAME") else None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ilmconvert.errors import CheckpointError, ModelError
 from ilmconvert.fingerprint import fingerprint
-from ilmconvert.finite import told_not_finite
+from ilmconvert.finite import why_not_finite
 from ilmconvert.graph.shadow import copy_model
 from ilmconvert.metrics import Similarity
 from ilmconvert.nn import ILMNorm
@@ -154,9 +154,8 @@ class Trainer:
         began = time.monotonic()
         self._candidate.load_state_dict(full_weights(self._model))
         measured = self._judge(self._candidate)
-        if not self._evaluations and not math.isfinite(
-            measured.kl if isinstance(measured, Similarity) else measured.loss
-        ):
+        figure = measured.kl if isinstance(measured, Similarity) else measured.loss
+        if not self._evaluations and not math.isfinite(figure):
             raise ModelError(_no_numbers(self._objective.original, self._candidate))
         mean = None if loss is None else float(self._accelerator.reduce(loss, "mean"))
         epoch = self._step * self._options.batch_size / len(self._data.train)  # type: ignore[arg-type]
@@ -264,6 +263,5 @@ def _plain(data: dict[str, Any]) -> dict[str, Any]:
 def _no_numbers(original: nn.Module | None, converted: nn.Module) -> str:
     """Why there is nothing to train towards, or from."""
     models = {"the original": original, "the converted model": converted}
-    told = [f"{who}: {why}" for who, model in models.items() if model is not None and (why := told_not_finite(model))]
-    where = "; ".join(told) or "all of their tensors are, so look at the images"
-    return f"expected models with finite answers at the start, but they are not ({where})"
+    told = "; ".join(f"{who}: {why_not_finite(model)}" for who, model in models.items() if model is not None)
+    return f"expected models with finite answers at the start, but they are not ({told})"

@@ -82,7 +82,8 @@ def test_converts_and_calibrates_at_once(place: Path, capsys: pytest.CaptureFixt
     result = json.loads(capsys.readouterr().out)
     assert result["converted"] == len(result["calibration"]["sites"]) == 15
     assert result["calibration"]["after"]["kl"] < result["calibration"]["before"]["kl"]
-    assert Path("out/calibration.json").exists()
+    assert list(result["calibration"]["broken"]) == ["images/broken.jpg"]
+    assert json.loads(Path("out/calibration.json").read_text()) == result["calibration"]
     assert main([*command, "--calibrate", "images", "-o", "default", *SIZE]) == 0
     assert "agreement 100.0 %" in capsys.readouterr().out
 

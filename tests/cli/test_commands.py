@@ -172,6 +172,17 @@ def test_verify_fails_on_a_damaged_model(capsys: Output) -> None:
             2,
             "expected a checkpoint file at 'none.pth'",
         ),
+        (
+            ["convert", "test_vit", "--pretrained", "--checkpoint", "x.pth", "-o", "out"],
+            2,
+            "expected --pretrained or --checkpoint, got both",
+        ),
+        (["convert", "test_vit", "-o", "out", "--input-size", "3,160"], 2, "expected an input size like (3, 160, 160)"),
+        (
+            ["convert", "test_vit", "-o", "out", "--input-size", "1,160,160"],
+            2,
+            "for VisionTransformer, got (1, 160, 160)",
+        ),
         (["verify", "nowhere"], 2, "expected a folder saved by ilmconvert"),
         (["frobnicate"], 2, "No such command"),
     ],
@@ -288,3 +299,12 @@ def test_inputs_that_do_not_fit_are_told_once(capfd: pytest.CaptureFixture[str])
     out, err = capfd.readouterr()
     assert err == ""
     assert out.count("could not be run on fake tensors") == 1
+
+
+def test_the_next_step_that_is_printed_works(capsys: Output, tmp_path: Path) -> None:
+    """For a model that declares no size too."""
+    assert main(["convert", "tests.models:small_cnn", "-o", "saved", "--input-size", "3,16,16"]) == 0
+    (hint,) = [line for line in capsys.readouterr().out.splitlines() if "check it" in line]
+    command = hint.partition("ilmconvert ")[2].split()
+    assert command == ["verify", "saved", "--trust-factory", "--input-size", "3,16,16"]
+    assert main(command) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,14 @@ def test_failures_are_told_from_differences(capsys: Output, b: str, options: lis
     assert message in first
     assert main(["diff", "failing:net", b, *options, "--exit-code"]) == 2
     assert capsys.readouterr().err == first
+
+
+def test_values_of_random_weights_are_told_as_such(capsys: Output, saved: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        for more in ([], ["--numerics", "random", "--limit", "1"]):
+            assert main(["diff", "test_vit", saved, "--summary", *more]) == 0
+            assert ("test_vit has random weights" in capsys.readouterr().err) is bool(more)
 
 
 def test_the_terminals_width(capsys: Output, saved: str, monkeypatch: pytest.MonkeyPatch) -> None:

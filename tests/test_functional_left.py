@@ -1,0 +1,143 @@
+"""Norms that are function calls, and stay: each with its reason, and the module as it was."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import ilmconvert
+from tests.models import OwnCall as Child
+
+C = 16
+
+
+def test_calls_of_one_function_on_inputs_of_different_ranks_are_refused() -> None:
+    class Ranks(nn.Module):
+        def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+            return F.instance_norm(x), F.instance_norm(z, eps=1e-3)
+
+    given = {"x": torch.randn(8, 8, 4, 4), "z": torch.randn(8, 8, 16)}
+    reasons = [d.reason for d in ilmconvert.inspect(Ranks(), example_inputs=given).skipped]
+    assert len(reasons) == 2
+    assert all("or differs between such calls" in reason for reason in reasons)
+
+
+def test_calls_in_a_graph_module_are_left_since_its_code_comes_from_its_graph() -> None:
+    module = nn.Sequential(Child(), nn.LayerNorm(C), nn.Dropout()).eval()
+    traced = torch.fx.symbolic_trace(module).eval()
+    conversion = ilmconvert.convert(traced, example_inputs=torch.randn(3, C))
+    assert [(d.norm, d.code) for d in conversion.report.skipped] == [("layer_norm", "functional")]
+    assert len(conversion.report.converted) == 1
+    assert not any(m.training for m in conversion.model.modules())  # deepcopy alone makes it train
+    x = torch.randn(3, C)
+    assert torch.equal(copy.deepcopy(conversion.model).eval()(x), traced(x))
+    assert torch.equal(conversion.revert()(x), module(x))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_norms_of_an_exported_program_are_in_the_report() -> None:
+    model = nn.Sequential(nn.Conv2d(3, C, 1), nn.BatchNorm2d(C), nn.GroupNorm(4, C), nn.LayerNorm(5), nn.RMSNorm(5))
+    x = torch.randn(2, 3, 6, 5)
+    exported = torch.export.export(model.eval(), (x,)).module()
+    report = ilmconvert.inspect(exported, example_inputs=x)
+    assert [d.norm for d in report.skipped] == ["batch_norm", "group_norm", "layer_norm", "rms_norm"]
+    assert report.converted == ()
+
+
+class Frozen(Child):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = x * 2
+        return super().forward(x)
+
+
+class OverridesFrozen(Frozen):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
+class Undifferentiated(Child):
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class Counting(Child):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+        self.register_buffer("center", torch.ones(C))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+class Averaging(Counting):
+    def forward(self, x: Tensor) -> Tensor:
+        self.center.mul_(0.5)
+        return Child.forward(self, x) - self.center
+
+
+class TwoWays(Child):
+    def features(self, x: Tensor) -> Tensor:
+        return self._features(x)
+
+    def _features(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, (C,), self.w, self.b)
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (Frozen(), "with block"),
+        (Undifferentiated(), "without gradients"),
+        (Counting(), r"\(calls\)"),
+        (Averaging(), "a buffer"),
+        (TwoWays(), "'features'"),
+        (OverridesFrozen(), "with block"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_forward_that_a_graph_would_not_repeat_in_full_is_left(model: nn.Module, why: str) -> None:
+    conversion = ilmconvert.convert(nn.Sequential(model), example_inputs=torch.randn(3, C))
+    (decision,) = conversion.report.skipped
+    assert decision.code == "functional"
+    assert re.search(why, decision.reason)
+    assert type(conversion.model[0]) is type(model)
+
+
+class Penalized(Child):
+    def penalty(self) -> Tensor:
+        return self.w.square().sum()
+
+
+class PenalizedInside(Child):
+    def penalty(self) -> Tensor:
+        return sum(self.w[i] ** 2 for i in range(C))  # type: ignore[return-value]
+
+
+class Initialized(Child):
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.w)
+
+
+@pytest.mark.parametrize(("model", "stays"), [(Penalized(), True), (PenalizedInside(), True), (Initialized(), False)])
+def test_a_norm_whose_parameters_another_method_reads_stays(model: nn.Module, stays: bool) -> None:
+    conversion = ilmconvert.convert(nn.Sequential(model), example_inputs=torch.randn(3, C))
+    assert [d.code for d in conversion.report.skipped] == ["parameters-read"] * stays
+
+
+def test_a_plan_made_before_is_carried_out_all_the_same() -> None:
+    """The refusals are decisions; and they hold whatever surrounds the conversion."""
+    model, x = nn.Sequential(Undifferentiated()), torch.randn(3, C)
+    with torch.no_grad():
+        assert ilmconvert.convert(model, example_inputs=x).report.converted == ()
+    with torch.device("cpu"), torch.inference_mode():
+        plan = ilmconvert.convert(nn.Sequential(Child()), example_inputs=x).plan
+    assert len(ilmconvert.apply_plan(nn.Sequential(Frozen()), plan).report.converted) == 1
