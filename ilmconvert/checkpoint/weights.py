@@ -33,7 +33,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     except Exception as error:
         raise CheckpointError(
             f"expected a safetensors file (.safetensors) or a torch file of plain tensors at {str(file)!r}, but "
-            f"reading it failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            f"it is none or damaged: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
         ) from error
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise CheckpointError(f"expected tensors by name in {str(file)!r}, got {_told(state)}")
