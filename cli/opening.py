@@ -103,7 +103,9 @@ def open_pair(
 
     if b is None:
         if not is_saved(a):
-            raise UsageError(f"expected two models, or one folder saved by ilmconvert; got {a!r} alone, and no such folder")
+            raise UsageError(
+                f"expected two models, or one folder saved by ilmconvert; got {a!r} alone, and no such folder"
+            )
         conversion = load_conversion(a, trust_factory=trust_factory)
         title = "original" if conversion.has_original else "its original norms"
         return Pair(original_norms(conversion), conversion.model, (f"{a} ({title})", a))
