@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,8 @@ import click
 import timm
 import torch
 from torch import Tensor, nn
+
+from ilmconvert.metrics import Comparison
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -54,6 +57,14 @@ def training_step(module: nn.Module, x: Tensor) -> Callable[[], object]:
         module(x).backward(grad)
 
     return step
+
+
+def peak() -> int:
+    """Bytes; of this program alone, where ``getrusage`` starts from what the parent process had (Linux)."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
+    if found is None:
+        raise SystemExit("expected Linux, whose /proc/self/status tells the peak of resident memory")
+    return 1024 * int(found[1])
 
 
 def run_parts(parts: Mapping[str, Callable[[], None]]) -> None:
@@ -126,10 +137,8 @@ def crops(images: Sequence[Tensor], each: int, config: dict[str, Any], *, size: 
 @torch.no_grad()
 def agreement(original: nn.Module, converted: nn.Module, images: Tensor) -> dict[str, float]:
     """Top-1 agreement and top-5 containment of the original's answer in percent, and KL(original || converted)."""
-    a, b = (torch.cat([model(batch) for batch in images.split(64)]).log_softmax(1) for model in (original, converted))
-    best = a.argmax(1, keepdim=True)
-    return {
-        "top-1 agreement %": 100 * (b.argmax(1, keepdim=True) == best).float().mean().item(),
-        "top-5 contains %": 100 * (b.topk(5).indices == best).any(1).float().mean().item(),
-        "KL": (a.exp() * (a - b)).sum(1).mean().item(),
-    }
+    comparison = Comparison()
+    for batch in images.split(64):
+        comparison.update(original(batch), converted(batch))
+    found = comparison.result()
+    return {"top-1 agreement %": 100 * found.agreement, "top-5 contains %": 100 * found.top5, "KL": found.kl}

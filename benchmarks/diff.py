@@ -7,8 +7,8 @@ its own, so that its peak memory is its own. The browser's figures need Chromium
 from __future__ import annotations
 
 import json
-import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import write
+from benchmarks.common import peak, write
 
 MODELS = ("resnet50", "vit_large_patch16_224", "efficientnet_b7", "swin_large_patch4_window7_224")
 RUNS = 3
@@ -27,7 +27,7 @@ def measure(name: str, page: Path) -> dict[str, Any]:
 
     import ilmconvert
 
-    ratios: list[tuple[float, float]] = []
+    over_building, over_converting = [], []
     memory = 0.0
     for run in range(RUNS):
         start = time.perf_counter()
@@ -35,28 +35,24 @@ def measure(name: str, page: Path) -> dict[str, Any]:
         built = time.perf_counter()
         conversion = ilmconvert.convert(model)
         converted = time.perf_counter()
-        before = _peak()
+        before = peak()
         diff = conversion.diff()
         done = time.perf_counter()
-        memory = memory if run else (_peak() - before) / (diff.before.totals.parameter_bytes / 1e6)
-        ratios.append(((done - converted) / (built - start), (done - converted) / (converted - built)))
-    ratios.sort()
+        memory = memory if run else (peak() - before) / diff.before.totals.parameter_bytes
+        over_building.append((done - converted) / (built - start))
+        over_converting.append((done - converted) / (converted - built))
     html = diff.to_html()
     page.write_text(html, encoding="utf-8")
     return {
         "model": name,
         "nodes": len(diff.rows),
         "changed": len(diff.changed),
-        "time / building": ratios[RUNS // 2][0],
-        "time / converting": sorted(r[1] for r in ratios)[RUNS // 2],
+        "time / building": statistics.median(over_building),
+        "time / converting": statistics.median(over_converting),
         "memory on top of converting / model": memory,
         "HTML, KB": len(html.encode()) / 1000,
         "JSON, KB": len(json.dumps(diff.to_dict())) / 1000,
     }
-
-
-def _peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
 
 
 def in_browser(page: Path) -> dict[str, Any]:

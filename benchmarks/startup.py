@@ -6,19 +6,17 @@ of a process of its own.
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import timm
 import torch
 from torch import nn
 
 import ilmconvert
-from benchmarks.common import interleaved, write
+from benchmarks.common import interleaved, peak, write
 
 MODELS = ("resnet50", "vit_large_patch16_224", "efficientnet_b7")
 NORMS = (100, 500, 2000)
@@ -75,14 +73,6 @@ def measure_memory(convert: str, name: str) -> None:
     conversion = work(model)
     assert conversion.report.converted
     print((peak() - before) / size)
-
-
-def peak() -> int:
-    """Bytes; of this program alone, where ``getrusage`` starts from what the parent process had (Linux)."""
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
-    if found is None:
-        raise SystemExit("expected Linux, whose /proc/self/status tells the peak of resident memory")
-    return 1024 * int(found[1])
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from ilmconvert import Conversion
     from ilmconvert.calibration import CalibrationReport
-    from ilmconvert.conversion import Progress
+    from ilmconvert.options import Progress
 
 __all__ = ["Calibrated", "calibrate_conversion"]
 

@@ -61,6 +61,7 @@ def _warn(message: Warning | str, *_: object) -> None:
 
 def _failed(error: Exception) -> int:
     from ilmconvert.errors import IlmconvertError
+    from ilmconvert.wording import brief
 
     if os.environ.get("ILMCONVERT_DEBUG"):
         raise error
@@ -71,10 +72,7 @@ def _failed(error: Exception) -> int:
     if isinstance(error, OSError):
         click.echo(f"Error: {error}", err=True)
         return code
-    text = " ".join(str(error).split())
-    click.echo(
-        f"Error: unexpected {type(error).__name__}: {text}\nThis is a defect; ILMCONVERT_DEBUG=1 shows where.", err=True
-    )
+    click.echo(f"Error: unexpected {brief(error, 1000)}\nThis is a defect; ILMCONVERT_DEBUG=1 shows where.", err=True)
     return code
 
 

@@ -14,7 +14,6 @@ from click.core import ParameterSource
 from ilmconvert.errors import UsageError
 
 __all__ = [
-    "CONVERSION_FIELDS",
     "Number",
     "calibration_options",
     "conversion_options",
@@ -29,20 +28,6 @@ __all__ = [
     "teacher_options",
     "trust_factory_option",
 ]
-
-CONVERSION_FIELDS = (
-    "bn_to",
-    "num_groups",
-    "group_size",
-    "key_group_size",
-    "reduction",
-    "mode",
-    "gains",
-    "include",
-    "exclude",
-    "norms",
-    "skip_norms",
-)
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from ilmconvert.graph.inputs import first_tensor
 from ilmconvert.graph.shadow import copied_together, copy_model
 from ilmconvert.graph.tracer import TraceError, trace
 from ilmconvert.nn import ILMNorm, ILMNormAct
-from ilmconvert.options import ConvertOptions
+from ilmconvert.options import ConvertOptions, Progress
 from ilmconvert.plan import Decision, Plan, make_plan
 from ilmconvert.redirection import get_module, put_calls_back_
 from ilmconvert.report import Report
@@ -29,9 +28,7 @@ from ilmconvert.sources import Source
 if TYPE_CHECKING:
     from ilmconvert.comparison import GraphDiff
 
-__all__ = ["Conversion", "Progress", "apply_plan", "convert", "convert_", "inspect", "size_of"]
-
-Progress = Callable[[str, int, int], None]
+__all__ = ["Conversion", "apply_plan", "convert", "convert_", "inspect", "size_of"]
 
 
 @dataclass(frozen=True)

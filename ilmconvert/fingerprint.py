@@ -57,7 +57,6 @@ def _inside(name: str, paths: set[str]) -> bool:
 
 def _sample(tensor: Tensor) -> bytes:
     flat = tensor.detach().reshape(-1)
-    values = (
-        flat[:: max(flat.numel() // _SAMPLES, 1)].cpu().clone()
-    )  # numpy's hold would keep the model's from being resized
+    values = flat[:: max(flat.numel() // _SAMPLES, 1)].cpu()
+    values = values.clone()  # numpy's hold would keep the model's from being resized
     return values.view(torch.uint8).numpy().tobytes()

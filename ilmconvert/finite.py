@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from ilmconvert.wording import some
+
 __all__ = ["all_finite", "not_finite", "why_not_finite"]
 
 
@@ -39,8 +41,7 @@ def why_not_finite(model: nn.Module) -> str:
     names = not_finite(model)
     if not names:
         return "all that it holds is, so look at its inputs"
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"it holds NaN or infinity in {', '.join(names[:3])}{more}"
+    return f"it holds NaN or infinity in {some(names)}"
 
 
 def _values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

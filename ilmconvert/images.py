@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ilmconvert.errors import UsageError
+from ilmconvert.wording import one_line
 
 __all__ = ["UNREADABLE", "ImageBatches", "image_batches", "image_files", "read_image"]
 
@@ -64,7 +65,7 @@ class ImageBatches:
         try:
             return self.transform(read_image(file))
         except UNREADABLE as error:
-            self.broken[file] = " ".join(str(error).split())
+            self.broken[file] = one_line(error)
             return None
 
     def split(self, held_out: float) -> tuple[ImageBatches, ImageBatches]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +54,8 @@ class Similarity:
         cosine: of the logits.
     """
 
+    FIGURES: ClassVar = ("agreement", "kl")  # what is compared first, more is better; and second, less is
+
     answers: int
     agreement: float
     top5: float
@@ -70,6 +72,8 @@ class Score:
         accuracy: share of the answers that equal the label, 0 to 1.
         loss: cross-entropy, nats.
     """
+
+    FIGURES: ClassVar = ("accuracy", "loss")
 
     answers: int
     accuracy: float

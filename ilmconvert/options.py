@@ -2,21 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from ilmconvert.errors import UsageError
 from ilmconvert.nn.ilm_norm import Mode
 
-__all__ = ["FAMILIES", "BatchTarget", "ConvertOptions"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
+__all__ = ["FAMILIES", "BatchTarget", "ConvertOptions", "Options", "Progress"]
+
+Progress = Callable[[str, int, int], None]  # called with (what, done, total)
 BatchTarget = Literal["layer", "group", "instance"]
 FAMILIES = ("batch", "group", "instance", "layer", "rms")
 
 
+class Options:
+    """A dataclass of options that a function takes as one value or by keyword."""
+
+    EXAMPLE: ClassVar[str]  # keywords, for an error
+
+    @classmethod
+    def of(cls, options: Self | None, given: dict[str, Any]) -> Self:
+        """An options value from one, or from keyword fields.
+
+        Raises:
+            UsageError: both are given, a keyword is not an option, or ``options`` is something else.
+        """
+        if not isinstance(options, (cls, type(None))):
+            raise UsageError(
+                f"expected {cls.__name__}, or options by keyword ({cls.EXAMPLE}), got {type(options).__name__}"
+            )
+        known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+        if wrong := sorted(set(given) - set(known)):
+            raise UsageError(f"expected options among {', '.join(known)}; got {', '.join(wrong)}")
+        if options is not None and given:
+            raise UsageError(f"expected options or keyword fields, got both; put the fields into the {cls.__name__}")
+        return options if options is not None else cls(**given)
+
+
 @dataclass(frozen=True)
-class ConvertOptions:
+class ConvertOptions(Options):
     """How to convert; the defaults are what calibration recovers best.
 
     Attributes:
@@ -43,6 +71,8 @@ class ConvertOptions:
         >>> ConvertOptions(bn_to="group", group_size=16).bn_to
         'group'
     """
+
+    EXAMPLE = "bn_to='group', example_inputs=x"
 
     bn_to: BatchTarget = "layer"
     num_groups: int | None = None
@@ -72,25 +102,6 @@ class ConvertOptions:
                 f"num_groups and group_size choose the groups for bn_to='group', but bn_to is {self.bn_to!r}; "
                 "set bn_to='group' (--bn-to group) or leave them out"
             )
-
-    @classmethod
-    def of(cls, options: ConvertOptions | None, fields_: dict[str, Any]) -> ConvertOptions:
-        """An options value from one, or from keyword fields.
-
-        Raises:
-            UsageError: both are given, a keyword is not an option, or ``options`` is something else.
-        """
-        if not isinstance(options, (ConvertOptions, type(None))):
-            raise UsageError(
-                "expected ConvertOptions, or options by keyword (bn_to='group', example_inputs=x), got "
-                f"{type(options).__name__}"
-            )
-        known = [f.name for f in fields(cls)]
-        if wrong := sorted(set(fields_) - set(known)):
-            raise UsageError(f"expected options among {', '.join(known)}; got {', '.join(wrong)}")
-        if options is not None and fields_:
-            raise UsageError("expected options or keyword fields, got both; put the fields into the ConvertOptions")
-        return options if options is not None else cls(**fields_)
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

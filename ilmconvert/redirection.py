@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ilmconvert.errors import PlanError
 from ilmconvert.graph.calls import FoundCall, as_module, find_calls
@@ -40,7 +39,7 @@ def calls_as_modules(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
     modules = {}
     for owner_path, decisions in _of_owners(plan).items():
         owner = get_module(model, owner_path)
-        copy = shadow(owner, FakeTensorMode(allow_non_fake_inputs=True))
+        copy = shadow(owner)
         try:
             found = {f.call.name: f for f in find_calls(copy, _ranks(decisions)).calls}
         except TraceError as error:

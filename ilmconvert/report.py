@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,9 @@ from torch import nn
 from ilmconvert.finite import all_finite, not_finite
 from ilmconvert.norms.batch import is_untrained
 from ilmconvert.plan import Decision, Plan
+from ilmconvert.wording import plural, some
 
-__all__ = ["Report", "describe_target", "plural"]
+__all__ = ["Report", "describe_target"]
 
 
 @dataclass(frozen=True)
@@ -88,21 +89,21 @@ class Report:
         idle = [d.path for d in self.converted if d.site.idle]
         notes = self.plan.notes
         if idle:
-            notes = (f"{plural(len(idle), 'norm')} did not run in the model's current mode: {_some(idle)}", *notes)
+            notes = (f"{plural(len(idle), 'norm')} did not run in the model's current mode: {some(idle)}", *notes)
         if self.plan.decisions and not self.converted:
             notes = ("no norm was converted", *notes)
         elif not self.plan.decisions:
             notes = ("the model has no norm to convert", *notes)
         if self.not_finite:
             notes = (
-                f"{plural(len(self.not_finite), 'norm')} with NaN or infinity ({_some(self.not_finite)}), from which "
+                f"{plural(len(self.not_finite), 'norm')} with NaN or infinity ({some(self.not_finite)}), from which "
                 "no layer can start: load other weights",
                 *notes,
             )
         if self.untrained:
             notes = (
                 f"{plural(len(self.untrained), 'norm')} with the running statistics of an untrained network "
-                f"({_some(self.untrained)}): load trained weights before the conversion (--pretrained or --checkpoint "
+                f"({some(self.untrained)}): load trained weights before the conversion (--pretrained or --checkpoint "
                 "on the command line), or train what comes out of it",
                 *notes,
             )
@@ -155,15 +156,6 @@ class Report:
         lines += [f"  parameters added: {self.added_parameters:,} ({self.added_percent:.2f} %)"]
         lines += [f"  {self.start}"] if self.start else []
         return "\n".join([*lines, *(f"  warning: {w}" for w in self.warnings)])
-
-
-def _some(paths: Sequence[str]) -> str:
-    return f"{', '.join(paths[:3])}{' and more' if len(paths) > 3 else ''}"
-
-
-def plural(number: int, noun: str) -> str:
-    """``1 norm``, ``2 norms``."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def describe_target(decision: Decision) -> str:

@@ -15,6 +15,7 @@ from torch import nn
 
 from ilmconvert.errors import IlmconvertError, UnknownModelError
 from ilmconvert.quiet import quiet
+from ilmconvert.wording import brief
 
 __all__ = ["Source", "build", "is_factory"]
 
@@ -90,7 +91,7 @@ def _call(make: Callable[[], Any], name: str) -> nn.Module:
     except IlmconvertError:
         raise
     except (Exception, SystemExit) as error:
-        raise IlmconvertError(f"expected {name!r} to build a model, but it failed: {_brief(error)}") from error
+        raise IlmconvertError(f"expected {name!r} to build a model, but it failed: {brief(error)}") from error
     if not isinstance(model, nn.Module):
         raise IlmconvertError(f"expected {name!r} to return a torch.nn.Module, got {type(model).__name__}")
     return model
@@ -104,7 +105,7 @@ def _pretrained(name: str, args: dict[str, Any]) -> nn.Module:
             return timm.create_model(name, pretrained=True, **args)  # type: ignore[no-any-return]
     except Exception as error:
         raise IlmconvertError(
-            f"could not load the pretrained weights of {name!r}: {_brief(error).rstrip('.')}. Check the connection, or "
+            f"could not load the pretrained weights of {name!r}: {brief(error).rstrip('.')}. Check the connection, or "
             "download the file yourself and give it as a checkpoint (--checkpoint FILE, or --teacher-checkpoint FILE)"
         ) from error
 
@@ -132,8 +133,3 @@ def _not_a_model(name: str) -> str:
     near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3, cutoff=0.5)
     hint = f"; did you mean {', '.join(near)}?" if near else ""
     return f"expected a timm model, a folder saved by ilmconvert or package.module:factory, got {name!r}{hint}"
-
-
-def _brief(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__

@@ -14,14 +14,14 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ilmconvert.errors import IlmconvertError, UsageError
 from ilmconvert.graph import Inputs, example_inputs
-from ilmconvert.graph.inputs import check_model, first_tensor, tensors_in
+from ilmconvert.graph.inputs import check_model, first_tensor
 from ilmconvert.graph.shadow import copy_model
 from ilmconvert.graph.sites import find_sites, norm_paths
 from ilmconvert.nn import ILMNorm
 from ilmconvert.norms import Entry, find
 from ilmconvert.norms.batch import is_untrained
 from ilmconvert.probing import fill_zeros_, immovable_layers, instead_of_forward, layers_read_around, moves
-from ilmconvert.report import plural
+from ilmconvert.wording import brief, plural, some
 
 __all__ = ["Check", "Verification", "relative_difference", "verify"]
 
@@ -90,7 +90,7 @@ def verify(
         _check_values(model)
     inputs = _inputs(original, example_inputs)
     checks = [_modes(original, converted), _norms_left(converted)]
-    exact = not _inexact(original, converted, inputs)
+    exact = _exact(original, converted, inputs)
     before = _outputs(copy_model(original).eval(), inputs, "the original")
     probe = copy_model(converted).eval()
     silent = _silent_layers(original, probe, inputs)
@@ -165,7 +165,7 @@ def _outputs(model: nn.Module, inputs: Inputs, who: str) -> list[Tensor]:
         return inputs.outputs(model)
     except Exception as error:
         raise IlmconvertError(
-            f"{who} cannot be run on these inputs: {type(error).__name__}: {' '.join(str(error).split())[:300]}. Give "
+            f"{who} cannot be run on these inputs: {brief(error)}. Give "
             "others that it takes (--input-size; from Python where they are no images)"
         ) from error
 
@@ -183,23 +183,24 @@ def _flags(model: nn.Module) -> Iterator[tuple[str, bool]]:
 def _norms_left(converted: nn.Module) -> Check:
     left = [paths[0] for paths in norm_paths(converted).values()]
     layers = sum(isinstance(m, ILMNorm) for m in converted.modules())
-    return Check("norms left", None, f"{layers} ILM layers, {len(left)} other norms{': ' if left else ''}{_some(left)}")
+    named = f": {some(left, 5)}" if left else ""
+    return Check("norms left", None, f"{layers} ILM layers, {len(left)} other norms{named}")
 
 
-def _inexact(original: nn.Module, converted: nn.Module, inputs: Inputs) -> list[str]:
-    """Paths where a conversion took place that cannot start with the norm's own output."""
-    replaced = {name for name, m in converted.named_modules(remove_duplicate=False) if isinstance(m, ILMNorm)}
-    inexact = []
-    if replaced - {name for name, _ in original.named_modules(remove_duplicate=False)}:  # norms that were calls
-        calls = (site for site in find_sites(original, inputs).sites if site.call is not None and site.spec is not None)
-        inexact = [s.layer_path for s in calls if s.layer_path in replaced and not (s.spec and s.spec.preserves)]
+def _exact(original: nn.Module, converted: nn.Module, inputs: Inputs) -> bool:
+    """Whether every layer can start with the output of the norm that it replaced."""
+    replaced = {name: m for name, m in converted.named_modules(remove_duplicate=False) if isinstance(m, ILMNorm)}
+    if replaced.keys() - dict(original.named_modules(remove_duplicate=False)):  # norms that were calls
+        calls = (site for site in find_sites(original, inputs).sites if site.call is not None)
+        if any(s.spec is not None and not s.spec.preserves for s in calls if s.layer_path in replaced):
+            return False
     for module, paths in norm_paths(original).items():
-        entry = find(module)
-        if paths[0] in replaced and isinstance(entry, Entry):
-            layer = converted.get_submodule(paths[0])
-            if not entry.handler.describe(module).preserves or getattr(layer, "mode", None) == "paper":
-                inexact.append(paths[0])
-    return inexact
+        layer, entry = replaced.get(paths[0]), find(module)
+        if layer is None or not isinstance(entry, Entry):
+            continue
+        if layer.mode == "paper" or not entry.handler.describe(module).preserves:
+            return False
+    return True
 
 
 def _shapes(before: list[Tensor], after: list[Tensor]) -> Check:
@@ -220,7 +221,7 @@ def _silent_layers(original: nn.Module, converted: nn.Module, inputs: Inputs) ->
     bypassed = sorted(before - after)
     idle = len(layers) - len(after)
     told = f"{len(after)} of {len(layers)} run" + (f", {idle} idle in evaluation as before" if idle else "")
-    return Check("layers run", not bypassed, f"bypassed: {_some(bypassed)}" if bypassed else told)
+    return Check("layers run", not bypassed, f"bypassed: {some(bypassed, 5)}" if bypassed else told)
 
 
 def _around(original: nn.Module, probe: nn.Module, inputs: Inputs) -> list[Check]:
@@ -237,12 +238,12 @@ def _around(original: nn.Module, probe: nn.Module, inputs: Inputs) -> list[Check
     fill_zeros_(before[""])
     lost = [name for name in still if name in before and _moves_output(before[""], before[name], inputs)]
     told = "their scale and shift act through their forward alone"
-    can = f"{len(layers) - len(still)} of {len(layers)} can" + (f", idle as before: {_some(still)}" if still else "")
+    can = f"{len(layers) - len(still)} of {len(layers)} can" + (f", idle as before: {some(still, 5)}" if still else "")
     return [
         Check(
-            "nothing goes around the layers", not read, f"read by other code: {_some(sorted(read))}" if read else told
+            "nothing goes around the layers", not read, f"read by other code: {some(sorted(read), 5)}" if read else told
         ),
-        Check("layers move the output", not lost, f"without effect: {_some(lost)}" if lost else can),
+        Check("layers move the output", not lost, f"without effect: {some(lost, 5)}" if lost else can),
     ]
 
 
@@ -304,12 +305,12 @@ def _training(original: nn.Module, converted: nn.Module, inputs: Inputs, batch: 
     try:
         grads = _gradients(converted, inputs)
     except Exception as error:
-        told = f"{type(error).__name__}: {str(error)[:200]}"
+        told = brief(error, 200)
         alike = not _trains(original, inputs)
         return Check(name, None if alike else False, f"the original fails too: {told}" if alike else told)
     bad = [n for n, g in grads.items() if not torch.isfinite(g).all()]
     return Check(
-        name, not bad, f"gradients of {len(grads)} parameters finite" if not bad else f"not finite: {_some(bad)}"
+        name, not bad, f"gradients of {len(grads)} parameters finite" if not bad else f"not finite: {some(bad, 5)}"
     )
 
 
@@ -332,10 +333,5 @@ def _trains(model: nn.Module, inputs: Inputs) -> bool:
 
 def _first_sample(inputs: Inputs) -> Inputs:
     """The inputs cut to one sample: every tensor that is as long as the first one."""
-    tensors = tensors_in((inputs.args, dict(inputs.kwargs)))
-    length = next((len(t) for t in tensors if t.ndim), 0)
+    length = next((len(t) for t in inputs.tensors() if t.ndim), 0)
     return inputs.map(lambda t: t[:1] if t.ndim and len(t) == length else t)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

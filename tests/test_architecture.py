@@ -15,6 +15,7 @@ import ilmconvert
 ROOT = Path(__file__).parents[1] / "ilmconvert"
 FLOORS = {
     "errors": 0,
+    "wording": 0,
     "collector": 0.5,
     "quiet": 0.5,
     "jsonable": 0.5,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from ilmconvert_cli.calibrating import calibrate_conversion
 from ilmconvert_cli.opening import open_model, sample_inputs
-from ilmconvert_cli.options import CONVERSION_FIELDS, conversion_options, given, json_option, model_options
+from ilmconvert_cli.options import conversion_options, given, json_option, model_options
 
 from ilmconvert.errors import PlanError, UsageError
 from ilmconvert.jsonable import to_json
@@ -98,7 +99,7 @@ def _read_plan(file: Path, context: click.Context) -> Plan:
     """The plan in a file; it already holds the answers that the conversion options would give."""
     import ilmconvert
 
-    if more := given(context, *CONVERSION_FIELDS):
+    if more := given(context, *(field.name for field in fields(ilmconvert.ConvertOptions))):
         raise UsageError(f"expected --plan alone, got {', '.join(more)} too; the plan already decides that: edit it")
     try:
         return ilmconvert.Plan.from_json(file.read_text(encoding="utf-8"))

@@ -9,7 +9,7 @@ from ilmconvert_cli.render.console import stdout
 from rich.markup import escape
 from rich.table import Table
 
-from ilmconvert.report import plural
+from ilmconvert.wording import plural
 
 if TYPE_CHECKING:
     from ilmconvert.calibration import CalibrationReport

@@ -15,16 +15,12 @@ __all__ = ["print_evaluation", "print_recovery"]
 
 def print_evaluation(evaluation: Evaluation) -> None:
     """One line for a measurement, as it happens; titles before the first."""
-    figures = {"agreement": "kl", "accuracy": "loss"}
-    name = next(name for name in figures if hasattr(evaluation.measured, name))
-    second = figures[name]
     if evaluation.step == 0:
+        name, second = evaluation.measured.FIGURES
         stdout().print(f"[bold]{'step':>7} {'epoch':>7} {'training loss':>14} {name:>11} {second:>9}[/]")
     loss = "-" if evaluation.loss is None else f"{evaluation.loss:.4g}"
-    value = getattr(evaluation.measured, second)
-    stdout().print(
-        f"{evaluation.step:>7} {evaluation.epoch:>7.1f} {loss:>14} {100 * evaluation.top1:>9.1f} % {value:>9.4g}"
-    )
+    figures = f"{100 * evaluation.top1:>9.1f} % {evaluation.distance:>9.4g}"
+    stdout().print(f"{evaluation.step:>7} {evaluation.epoch:>7.1f} {loss:>14} {figures}")
 
 
 def print_recovery(report: RecoveryReport) -> None:

@@ -12,7 +12,8 @@ from rich.table import Table
 
 from ilmconvert.checkpoint.card import load_call
 from ilmconvert.checkpoint.folder import saved_source
-from ilmconvert.report import describe_target, plural
+from ilmconvert.report import describe_target
+from ilmconvert.wording import plural
 
 if TYPE_CHECKING:
     from ilmconvert.plan import Decision

@@ -30,6 +30,7 @@ __all__ = ["RIDGE", "Fit", "Samples", "bare_norm", "fit_"]
 
 RIDGE = 1e-6  # share of a column's energy; measured in benchmarks/calibration.py
 _TINY = 1e-12
+_SPREADS = 16.0  # deviations that a standardized key's scale is wide
 _ROUNDING = 1e-6  # share of the variance that float32 cannot tell; a channel that misses no more is left alone
 
 
@@ -247,9 +248,6 @@ def _detect_(layer: ILMNorm, moments: Tensor) -> None:
         predictor.encoder.weight[:2] = signs.unsqueeze(1) / keys
         predictor.scale_decoder.weight[:, :2] = scale_slope.mean() * signs
         predictor.shift_decoder.weight[:, :2] = shift_slope.mean() * signs
-
-
-_SPREADS = 16.0
 
 
 def _mean_and_std(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from ilmconvert.graph.inputs import Inputs, same_noise, tensors_in
 from ilmconvert.graph.shadow import shadow
@@ -82,7 +81,7 @@ class Program:
 
     def _traced(self, inputs: Inputs) -> fx.Graph | None:
         try:
-            graph = trace(shadow(self.model, FakeTensorMode(allow_non_fake_inputs=True)))
+            graph = trace(shadow(self.model))
             with torch.no_grad():
                 same = _equal(
                     inputs(self.model),
@@ -119,7 +118,7 @@ class Program:
         """The value of one node; what it draws of random numbers is the same in every network."""
         given = {n: values[n.name] for n in node.all_input_nodes}
         if self.inside[node] and f"{self.prefix}{self.inside[node][0]}" != node.target:  # it runs again on these
-            given = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, given)
+            given = tree_map_only(Tensor, torch.clone, given)
         self.interpreter.env = given
         with same_noise(self.seeds[node]):
             return self.interpreter.run_node(node)
@@ -213,7 +212,7 @@ class Walk:
 
     def spill(self, file: Path) -> None:
         """Put the values on disk; they are read back when the walk goes on."""
-        whole = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, self._values)  # views drag their base
+        whole = tree_map_only(Tensor, torch.clone, self._values)  # views drag their base
         torch.save(whole, file)
         self._file, self._values = file, {}
 

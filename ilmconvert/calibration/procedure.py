@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,13 @@ from ilmconvert.images import image_batches
 from ilmconvert.metrics import Comparison, Similarity, logits_of
 from ilmconvert.nn import ILMNorm
 from ilmconvert.norms import Entry, find
+from ilmconvert.options import Progress
+from ilmconvert.wording import brief
 
 __all__ = ["MEMORY", "Calibration", "calibrate"]
 
 MEMORY = 2 << 30
 _ROUNDING = 1e-7  # nats: a KL of float32 logits tells no less
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -147,8 +148,7 @@ def _check_batch(model: nn.Module, batch: Inputs) -> None:
         shapes = ", ".join(str(tuple(v.shape)) for v in batch.args if isinstance(v, Tensor)) or "no tensors"
         raise UsageError(
             f"expected batches that {type(model).__name__} can be called with: tensors (B, *), or tuples or dicts of "
-            f"arguments, without labels ((x for x, _ in loader)); the first, {shapes}, ends in "
-            f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            f"arguments, without labels ((x for x, _ in loader)); the first, {shapes}, ends in {brief(error, 200)}"
         ) from error
     if not logits_of(output).isfinite().all():
         raise ModelError(
@@ -166,18 +166,12 @@ class _Prepared:
 
     def __init__(self, batches: Iterable[Any], model: nn.Module) -> None:
         self._batches, self._model = batches, model
-        self._like = first_tensor(model)
 
     def __iter__(self) -> Any:
         for batch in self._batches:
             inputs = example_inputs(self._model, batch)
             if inputs is not None:
-                yield inputs.map(self._move)
-
-    def _move(self, value: Tensor) -> Tensor:
-        if self._like is None:
-            return value
-        return value.to(self._like.device, self._like.dtype if value.is_floating_point() else None)
+                yield inputs.suited(self._model)
 
 
 def _layers(teacher: nn.Module, student: nn.Module) -> tuple[dict[str, ILMNorm], dict[str, str]]:
@@ -274,9 +268,7 @@ class _Run:
 def _learned(layers: dict[str, ILMNorm]) -> dict[str, dict[str, Tensor]]:
     """What a fit changes: the layers' own tensors."""
     return {
-        path: {
-            name: t.detach().clone() for name, t in layer.state_dict().items() if not name.startswith(("act", "drop"))
-        }
+        path: {n: t.detach().clone() for n, t in layer.state_dict().items() if not n.startswith(("act.", "drop."))}
         for path, layer in layers.items()
     }
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from ilmconvert.calibration.fitting import Fit
 from ilmconvert.metrics import Similarity
+from ilmconvert.wording import plural, some
 
 __all__ = ["CalibrationReport", "SiteCalibration"]
 
@@ -64,10 +65,7 @@ class CalibrationReport:
 
     def __str__(self) -> str:
         worst = min(self.sites, key=lambda site: site.fit.explained_after, default=None)
-        layers, images = (
-            f"{n} {noun}{'' if n == 1 else 's'}" for n, noun in ((len(self.sites), "layer"), (self.images, "image"))
-        )
-        lines = [f"{layers} fitted to {images}"]
+        lines = [f"{plural(len(self.sites), 'layer')} fitted to {plural(self.images, 'image')}"]
         if worst is not None:
             lines.append(f"  variance explained: at least {worst.fit.explained_after:.6f} (at {worst.path})")
         where = "held-out images" if self.held_out else "the calibration images themselves"
@@ -82,8 +80,6 @@ class CalibrationReport:
         lines.append(f"  parameters added by the ILM layers: {self.added_parameters:,}")
         if self.degenerate:
             count = sum(len(channels) for channels in self.degenerate.values())
-            more = f" and {len(self.degenerate) - 3} more" if len(self.degenerate) > 3 else ""
-            some = ", ".join(list(self.degenerate)[:3])
-            lines.append(f"  {count} channels hardly vary and kept their start, in {some}{more}")
+            lines.append(f"  {count} channels hardly vary and kept their start, in {some(self.degenerate)}")
         lines += [f"  not fitted: {path}: {reason}" for path, reason in self.not_fitted.items()]
         return "\n".join(lines)

@@ -56,7 +56,7 @@ def load_authors(file: str | Path, model: nn.Module) -> None:
             f"{len(layers)} ILM layers of modes {sorted({layer.mode for layer in layers.values()})}; convert with "
             "mode='paper'"
         )
-    state = {_strip(key): value for key, value in read_state_dict(file).items()}
+    state = {key.removeprefix("module."): value for key, value in read_state_dict(file).items()}
     translated = translate_authors(state, layers, str(file))
     for key, value in model.state_dict().items():  # their PyTorch 1.0 files may lack these counters
         if key.endswith("num_batches_tracked"):
@@ -75,25 +75,25 @@ def translate_authors(
     """
     result = {}
     for key, value in state.items():
-        layer, name = _split(key, layers)
-        if layer is None:
-            result[key] = value
-        elif name in _SHARED:
-            encoder = state.get(f"{layer}.fc_embed.0.weight" if layer else "fc_embed.0.weight")
+        prefix, name = _split(key, layers)
+        if name in _SHARED:
+            encoder = state.get(f"{prefix}fc_embed.0.weight")
             if encoder is None or not torch.equal(encoder, value):
                 raise CheckpointError(f"expected {key!r} in {where!r} to equal the encoder it shares, but it differs")
+        elif name in _NAMES:
+            result[prefix + _NAMES[name]] = _reshape(name, value, layers[prefix.rstrip(".")])
         else:
-            ours = f"{layer}.{_NAMES[name]}" if layer else _NAMES[name]
-            result[ours] = _reshape(name, value, layers[layer])
+            result[key] = value
     return result
 
 
-def _split(key: str, layers: dict[str, ILMNorm]) -> tuple[str | None, str]:
+def _split(key: str, layers: dict[str, ILMNorm]) -> tuple[str, str]:
+    """A layer's path, with the dot behind it, and their name of its tensor; both are empty for all other keys."""
     for name in (*_NAMES, *_SHARED):
         prefix = key.removesuffix(name)
         if prefix != key and prefix.rstrip(".") in layers:
-            return prefix.rstrip("."), name
-    return None, key
+            return prefix, name
+    return "", ""
 
 
 def _reshape(name: str, value: Tensor, layer: ILMNorm) -> Tensor:
@@ -101,7 +101,3 @@ def _reshape(name: str, value: Tensor, layer: ILMNorm) -> Tensor:
         return value
     flat = value.flatten() + (0.5 if name == "weight_bias" else 0.0)
     return flat.reshape(layer.normalized_shape) if flat.numel() == layer.num_channels else flat
-
-
-def _strip(key: str) -> str:
-    return key.removeprefix("module.")

@@ -37,6 +37,7 @@ from ilmconvert.plan import Plan
 from ilmconvert.report import Report
 from ilmconvert.rewrite import rewrite
 from ilmconvert.sources import Source, build, is_factory
+from ilmconvert.wording import one_line
 
 __all__ = [
     "FORMAT_VERSION",
@@ -133,7 +134,7 @@ def _write_weights(conversion: Conversion, folder: Path) -> None:
     except (RuntimeError, AttributeError, NotImplementedError, ValueError) as error:
         raise CheckpointError(
             f"expected a state dict of plain tensors with data of their own, but {conversion.plan.model} has another "
-            f"kind, which safetensors cannot write: {' '.join(str(error).split())[:300]}"
+            f"kind, which safetensors cannot write: {one_line(error)}"
         ) from error
 
 
@@ -370,7 +371,7 @@ def _load_strictly(model: nn.Module, file: Path) -> None:
         load_model(model, str(file))
     except Exception as error:
         raise CheckpointError(
-            f"the weights in {str(file)!r} do not load: {' '.join(str(error).split())[:400]}; "
+            f"the weights in {str(file)!r} do not load: {one_line(error)}; "
             "copy the folder again from where it was saved, or convert anew"
         ) from error
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ilmconvert.errors import CheckpointError, NotFoundError
+from ilmconvert.wording import brief, some
 
 __all__ = ["check_keys", "load_weights", "read_state_dict"]
 
@@ -33,7 +34,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     except Exception as error:
         raise CheckpointError(
             f"expected a safetensors file (.safetensors) or a torch file of plain tensors at {str(file)!r}, but "
-            f"it is none or damaged: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            f"it is none or damaged: {brief(error)}"
         ) from error
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise CheckpointError(f"expected tensors by name in {str(file)!r}, got {_told(state)}")
@@ -88,8 +89,7 @@ def check_keys(wanted: dict[str, Tensor], given: dict[str, Tensor], where: str) 
         ),
     ):
         if names:
-            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-            problems.append(f"{title}: {', '.join(names[:4])}{more}")
+            problems.append(f"{title}: {some(names, 4)}")
     if problems:
         prefix = next((k[: -len(w)] for w in list(wanted)[:1] for k in given if k.endswith(f".{w}")), "")
         hint = f". Its names begin with {prefix!r}: remove that from them" if prefix else ""

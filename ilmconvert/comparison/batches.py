@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ilmconvert.errors import UsageError
 from ilmconvert.graph.inputs import Inputs, example_inputs
 from ilmconvert.images import image_batches
+from ilmconvert.wording import plural
 
 __all__ = ["Batches", "folder_batches", "given_batches", "random_batches"]
 
@@ -61,7 +62,7 @@ def random_batches(
 
     sizes = [min(_RANDOM_SAMPLES, number - done) for done in range(0, number, _RANDOM_SAMPLES)]
     shape = "x".join(map(str, sample.args[0].shape[1:]))
-    words = f"{number} random input{'' if number == 1 else 's'} of {shape}"
+    words = f"{plural(number, 'random input')} of {shape}"
     return Batches(map(batch, sizes), lambda: words, total=len(sizes))
 
 
@@ -77,8 +78,7 @@ def folder_batches(
     images = image_batches(folder, model, batch_size=min(_IMAGES_IN_BATCH, limit), limit=limit, input_size=input_size)
 
     def words() -> str:
-        read = len(images.files) - len(images.broken)
-        return f"{read} image{'' if read == 1 else 's'} from {folder}"
+        return f"{plural(len(images.files) - len(images.broken), 'image')} from {folder}"
 
     return Batches(
         (Inputs((batch,)) for batch in images),

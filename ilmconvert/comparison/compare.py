@@ -8,12 +8,13 @@ from torch import nn
 
 from ilmconvert.comparison.align import align
 from ilmconvert.comparison.batches import given_batches
-from ilmconvert.comparison.numerics import Progress, measure
+from ilmconvert.comparison.numerics import measure
 from ilmconvert.comparison.reading import read_model
 from ilmconvert.comparison.rows import merge
 from ilmconvert.comparison.value import GraphDiff
 from ilmconvert.errors import UsageError
 from ilmconvert.graph.inputs import example_inputs as resolve_inputs
+from ilmconvert.options import Progress
 
 __all__ = ["diff"]
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from ilmconvert.graph.inputs import Inputs
+from ilmconvert.graph.inputs import Inputs, tensors_in
+from ilmconvert.wording import brief
 
 __all__ = ["Counted", "count"]
 
@@ -55,7 +55,7 @@ def count(model: nn.Module, inputs: Inputs, mode: FakeTensorMode) -> Counted:
         for path, module in model.named_modules():
 
             def note(_: nn.Module, __: Any, output: Any, path: str = path) -> None:
-                found = [v for v in tree_leaves(output) if isinstance(v, Tensor)]
+                found = tensors_in(output)
                 shapes.setdefault(path, tuple(tuple(t.shape) for t in found))
                 sizes[path] = sizes.get(path, 0) + sum(math.prod(t.shape) * t.element_size() for t in found)
 
@@ -65,6 +65,5 @@ def count(model: nn.Module, inputs: Inputs, mode: FakeTensorMode) -> Counted:
                 inputs.map(mode.from_tensor)(model)
             macs = counter.get_total_flops() // 2
         except Exception as failure:  # a forward pass may raise anything; the reason is told
-            error = f"{type(failure).__name__}: {' '.join(str(failure).split())}"
-    given = [v for v in tree_leaves((inputs.args, dict(inputs.kwargs))) if isinstance(v, Tensor)]
-    return Counted(shapes, sizes, macs, tuple(tuple(t.shape) for t in given), error)
+            error = brief(failure)
+    return Counted(shapes, sizes, macs, tuple(tuple(t.shape) for t in inputs.tensors()), error)

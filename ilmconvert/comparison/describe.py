@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ilmconvert.comparison.nodes import Role, TensorInfo
 from ilmconvert.nn import ILMNorm
@@ -68,15 +67,7 @@ def constant(value: Any) -> str | None:
 
 def names_of_tensors(model: nn.Module) -> dict[int, str]:
     """The first full name of every parameter and buffer, by identity."""
-    names: dict[int, str] = {}
-    for name, tensor in _named(model):
-        names.setdefault(id(tensor), name)
-    return names
-
-
-def _named(module: nn.Module, *, whole: bool = True) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters(recurse=whole, remove_duplicate=False)
-    yield from module.named_buffers(recurse=whole, remove_duplicate=False)
+    return {id(tensor): name for name, tensor in (*model.named_buffers(), *model.named_parameters())}
 
 
 def tensors_of(path: str, module: nn.Module, first_names: dict[int, str], *, whole: bool) -> tuple[TensorInfo, ...]:
@@ -87,7 +78,8 @@ def tensors_of(path: str, module: nn.Module, first_names: dict[int, str], *, who
         for name in child._non_persistent_buffers_set
     }
     found = []
-    for name, tensor in _named(module, whole=whole):
+    parameters = module.named_parameters(recurse=whole, remove_duplicate=False)
+    for name, tensor in (*parameters, *module.named_buffers(recurse=whole, remove_duplicate=False)):
         full = f"{path}.{name}" if path else name
         first = first_names.get(id(tensor), full)
         found.append(

@@ -13,7 +13,6 @@ from typing import Any
 from unittest import mock
 
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ilmconvert.comparison.calls import Calls, read_calls
 from ilmconvert.graph.shadow import shadow
@@ -25,11 +24,8 @@ Take = Callable[[str, Any], None]
 
 def traced_calls(model: nn.Module) -> Calls:
     """The pieces and calls of a model, by the paths that :func:`ilmconvert.comparison.reading.read_model` gives."""
-    copy = shadow(model, FakeTensorMode(allow_non_fake_inputs=True)).eval()
-    names: dict[nn.Module, str] = {}
-    for path, module in copy.named_modules(remove_duplicate=False):
-        names.setdefault(module, path)
-    return read_calls(copy, names)
+    copy = shadow(model).eval()
+    return read_calls(copy, {module: path for path, module in copy.named_modules()})
 
 
 @contextmanager

@@ -18,21 +18,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from ilmconvert.comparison.batches import Batches
 from ilmconvert.comparison.calls import Calls
 from ilmconvert.comparison.following import followed, traced_calls
 from ilmconvert.comparison.value import GraphDiff, Numbers, NumericsRun
 from ilmconvert.errors import IlmconvertError, UsageError
-from ilmconvert.graph.inputs import Inputs, first_tensor, same_noise
+from ilmconvert.graph.inputs import Inputs, same_noise, tensors_in
 from ilmconvert.graph.shadow import copy_model
+from ilmconvert.options import Progress
+from ilmconvert.wording import brief
 
 __all__ = ["BUDGET", "measure"]
 
 BUDGET = 256 * 2**20  # bytes of activations held at a time
 
-Progress = Callable[[str, int, int], None]
 _Take = Callable[[int, list[Tensor]], None]
 _Run = Callable[[dict[str, int], Inputs, _Take, str], None]
 
@@ -203,28 +203,19 @@ def _along(model: nn.Module, calls: Calls) -> _Run:
 
 
 def _floats(output: Any) -> list[Tensor]:
-    return [v for v in tree_leaves(output) if isinstance(v, Tensor) and v.is_floating_point()]
+    return [t for t in tensors_in(output) if t.is_floating_point()]
 
 
 def _run(model: nn.Module, batch: Inputs, who: str) -> None:
-    like = first_tensor(model)
     with same_noise():
         try:
-            batch.map(lambda t: _as(t, like))(model)
+            batch.suited(model)(model)
         except Exception as error:
             raise IlmconvertError(
-                f"{who} cannot be run on these inputs: {type(error).__name__}: {' '.join(str(error).split())}. "
-                "Both models take the same inputs; --input-size gives another size"
+                f"{who} cannot be run on these inputs: {brief(error)}. Both models take the same inputs; "
+                "--input-size gives another size"
             ) from error
 
 
-def _as(tensor: Tensor, like: Tensor | None) -> Tensor:
-    """The tensor on the model's device, and in its dtype if it is a floating one."""
-    if like is None:
-        return tensor
-    return tensor.to(like.device, like.dtype if tensor.is_floating_point() else tensor.dtype)
-
-
 def _samples(batch: Inputs) -> int:
-    tensors = [v for v in tree_leaves((batch.args, dict(batch.kwargs))) if isinstance(v, Tensor) and v.ndim]
-    return len(tensors[0]) if tensors else 1
+    return next((len(t) for t in batch.tensors() if t.ndim), 1)

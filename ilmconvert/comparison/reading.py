@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ilmconvert.comparison.calls import Call, Calls, read_calls, taken_whole
 from ilmconvert.comparison.counts import Counted, count
 from ilmconvert.comparison.describe import attributes, names_of_tensors, role_of, tensors_of
 from ilmconvert.comparison.nodes import ModelGraph, Node, Totals
 from ilmconvert.graph.inputs import Inputs
-from ilmconvert.graph.shadow import refuse_opaque, shadow
+from ilmconvert.graph.shadow import fake_mode, refuse_opaque, shadow
 from ilmconvert.norms import class_name
 
 __all__ = ["read_model"]
@@ -30,7 +29,7 @@ def read_model(model: nn.Module, inputs: Inputs | None = None, *, name: str | No
         ModelError: a lazy or scripted model, or one that cannot be copied.
     """
     refuse_opaque(model)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = fake_mode()
     copy = shadow(model, mode).eval()
     nodes = _Tree(copy).nodes()
     counted = Counted() if inputs is None else count(copy, inputs, mode)

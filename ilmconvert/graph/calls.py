@@ -21,8 +21,10 @@ from torch import Tensor, fx, nn
 from ilmconvert.graph.mentions import has_with_block
 from ilmconvert.graph.tracer import FUNCTIONAL_NORMS, TraceError, concrete_defaults, harmless_read
 from ilmconvert.norms import Refusal
+from ilmconvert.wording import one_line
 
 __all__ = [
+    "WEIGHT_STANDARDIZATION",
     "Call",
     "FoundCall",
     "as_module",
@@ -31,7 +33,6 @@ __all__ = [
     "function_name",
     "norm_nodes",
     "owner_graphs",
-    "tensor_at",
 ]
 
 _SLOTS = ("weight", "bias", "running_mean", "running_var")
@@ -39,10 +40,9 @@ _BUILTINS = {  # torch's own functions have no signature to ask
     "torch.layer_norm": ("input", "normalized_shape", "weight", "bias", "eps", "cudnn_enable"),
     "torch.group_norm": ("input", "num_groups", "weight", "bias", "eps", "cudnn_enabled"),
     "torch.rms_norm": ("input", "normalized_shape", "weight", "eps"),
-    "torch.instance_norm": ("input", "weight", "bias", "running_mean", "running_var", "use_input_stats", "momentum"),
-    "torch.batch_norm": ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum"),
+    "torch.instance_norm": ("input", *_SLOTS, "use_input_stats", "momentum", "eps", "cudnn_enabled"),
+    "torch.batch_norm": ("input", *_SLOTS, "training", "momentum", "eps", "cudnn_enabled"),
 }
-_TAILS = {"torch.instance_norm": ("eps", "cudnn_enabled"), "torch.batch_norm": ("eps", "cudnn_enabled")}
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def _trace(owner: nn.Module, training: bool, strict: bool) -> fx.Graph:
     try:
         graph = _OwnerTracer(strict).trace(owner, concrete_args=defaults)
     except Exception as error:  # forward code may raise anything when it meets a proxy
-        raise TraceError(" ".join(str(error).split())[:300] or type(error).__name__) from error
+        raise TraceError(one_line(error) or type(error).__name__) from error
     if strict and (changed := {name for name, _ in set(_held(owner)) ^ set(before)}):
         raise TraceError(f"it changes what its module holds ({', '.join(sorted(changed))}), which a trace forgets")
     for node, name in zip((n for n in graph.nodes if n.op == "placeholder"), names, strict=False):
@@ -274,8 +274,7 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
 
 def _bound_arguments(node: fx.Node) -> dict[str, Any]:
     function = function_name(node)
-    names = (*_BUILTINS.get(function, ()), *_TAILS.get(function, ()))
-    if names:
+    if names := _BUILTINS.get(function):
         return {"eps": None if "rms" in function else 1e-5, **dict(zip(names, node.args, strict=False)), **node.kwargs}
     if "native" in function:
         return {"input": node.args[0] if node.args else node.kwargs.get("input")}
@@ -319,10 +318,10 @@ def _flat(value: Any) -> tuple[Any, ...]:
 
 
 def _at(owner: nn.Module, node: fx.Node) -> Any:
-    return tensor_at(owner, str(node.target))
+    return _tensor_at(owner, str(node.target))
 
 
-def tensor_at(owner: nn.Module, path: str) -> Tensor | None:
+def _tensor_at(owner: nn.Module, path: str) -> Tensor | None:
     """The parameter or buffer at ``path`` below ``owner``."""
     home, _, name = path.rpartition(".")
     found = getattr(owner.get_submodule(home), name, None)
@@ -351,7 +350,7 @@ def as_module(found: FoundCall, owner: nn.Module, channels: int | None) -> nn.Mo
         owner: the module that makes it.
         channels: the length of the input's dimension 1, where a run has shown it.
     """
-    tensors = {slot: tensor_at(owner, path) for slot, path in found.call.tensors.items()}
+    tensors = {slot: _tensor_at(owner, path) for slot, path in found.call.tensors.items()}
     known = next((t for t in tensors.values() if t is not None), None)
     width = channels if known is None else known.numel()
     kind, constants = found.function.rpartition(".")[2], found.constants

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx, nn
 
@@ -149,23 +149,21 @@ def _described(
         own = find(child)
         if not isinstance(own, Entry) or own.handler.describe(child) != entry.handler.describe(norm):
             entry = Refusal("functional", "it computes something else than the norm module whose parameters it uses")
-    calls = len(shapes) if run.completed and shapes is not None else None
-    common = {"found": how, "shapes": tuple(dict.fromkeys(shapes or ())), "calls": calls}
-    if not isinstance(entry, Entry) or not isinstance(norm, nn.Module):
-        refusal = entry if isinstance(entry, Refusal) else None
-        return FunctionalNorm(owner, module, found.call.name, found.function, refusal=refusal, reads=reads, **common)  # type: ignore[arg-type]
-    return FunctionalNorm(
+    result = FunctionalNorm(
         owner,
         module,
         found.call.name,
         found.function,
-        family=entry.handler.family,
-        spec=entry.handler.describe(norm),
-        parameters=sum(p.numel() for p in norm.parameters()),
-        call=found.call,
+        how,
+        refusal=entry if isinstance(entry, Refusal) else None,
+        calls=len(shapes) if run.completed and shapes is not None else None,
+        shapes=tuple(dict.fromkeys(shapes or ())),
         reads=reads,
-        **common,  # type: ignore[arg-type]
     )
+    if not isinstance(entry, Entry) or not isinstance(norm, nn.Module):
+        return result
+    spec, parameters = entry.handler.describe(norm), sum(p.numel() for p in norm.parameters())
+    return replace(result, family=entry.handler.family, spec=spec, parameters=parameters, call=found.call)
 
 
 def _untraced(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ilmconvert.errors import UsageError
 
@@ -25,8 +25,18 @@ class Inputs:
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Inputs:
         """Apply ``fn`` to every tensor, nested ones included."""
-        args, kwargs = tree_map(lambda v: fn(v) if isinstance(v, Tensor) else v, (self.args, dict(self.kwargs)))
+        args, kwargs = tree_map_only(Tensor, fn, (self.args, dict(self.kwargs)))
         return Inputs(args, kwargs)
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor, nested ones included."""
+        return tensors_in((self.args, dict(self.kwargs)))
+
+    def suited(self, model: nn.Module) -> Inputs:
+        """The same on ``model``'s device, floating-point ones in its dtype."""
+        if (like := first_tensor(model)) is None:
+            return self
+        return self.map(lambda t: t.to(like.device, like.dtype if t.is_floating_point() else None))
 
     def copied(self) -> Inputs:
         """The same with tensors of their own, for what may change them in place; one given twice stays one."""

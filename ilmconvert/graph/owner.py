@@ -15,13 +15,12 @@ from itertools import count
 from typing import Any
 
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ilmconvert.graph.calls import norm_nodes, owner_graphs
 from ilmconvert.graph.shadow import shadow
 from ilmconvert.graph.tracer import TraceError
 
-__all__ = ["original_class", "redirect_", "restore_"]
+__all__ = ["redirect_", "restore_"]
 
 _SERIAL = count()
 
@@ -40,7 +39,7 @@ def redirect_(owner: nn.Module, children: Mapping[str, str], ranks: Mapping[str,
     Raises:
         TraceError: torch.fx cannot follow the owner.
     """
-    copy = shadow(owner, FakeTensorMode(allow_non_fake_inputs=True))
+    copy = shadow(owner)
     graphs = owner_graphs(copy)
     done = set()
     for pairs in norm_nodes(graphs, copy, ranks).values():
@@ -68,14 +67,9 @@ def _replace(node: fx.Node, child: str) -> None:
             source.graph.erase_node(source)
 
 
-def original_class(module: nn.Module) -> type[nn.Module] | None:
-    """The class that :func:`redirect_` found, or None if it was not there."""
-    return vars(type(module)).get("_ilm_original")
-
-
 def restore_(owner: nn.Module) -> None:
-    """Give ``owner`` its own class and forward back."""
-    if (base := original_class(owner)) is not None:
+    """Give ``owner`` the class and forward back that :func:`redirect_` found."""
+    if (base := vars(type(owner)).get("_ilm_original")) is not None:
         owner.__class__ = base
 
 

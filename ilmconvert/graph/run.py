@@ -17,8 +17,9 @@ from ilmconvert.graph.meta import MetaMode
 from ilmconvert.graph.tracer import FUNCTIONAL_NORMS
 from ilmconvert.nn import ILMNorm
 from ilmconvert.quiet import quiet
+from ilmconvert.wording import brief
 
-__all__ = ["FunctionalCall", "Run", "record_run"]
+__all__ = ["FunctionalCall", "Run", "Shapes", "record_run"]
 
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -119,7 +120,7 @@ def record_run(model: nn.Module, inputs: Inputs, mode: FakeTensorMode | MetaMode
         with quiet("torch._subclasses.fake_tensor"), mode, torch.no_grad(), recorder:
             inputs.map(mode.from_tensor)(model)
     except Exception as failure:  # a forward pass may raise anything; the reason goes into the report
-        error = f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}"
+        error = brief(failure)
     for hook in hooks:  # or they would follow later calls of a module, and hold it until the garbage collector runs
         hook.remove()
     return Run(

@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 from ilmconvert.errors import ModelError
 from ilmconvert.graph.meta import MetaMode
 
-__all__ = ["copied_together", "copy_model", "refuse_opaque", "shadow"]
+__all__ = ["copied_together", "copy_model", "fake_mode", "refuse_opaque", "shadow"]
 
 
 def refuse_opaque(model: nn.Module) -> None:
@@ -67,8 +67,14 @@ def copied_together(modules: Iterable[nn.Module]) -> list[nn.Module]:
     return list(cast("nn.ModuleList", copy_model(nn.ModuleList(modules))))
 
 
-def shadow(model: nn.Module, mode: FakeTensorMode | MetaMode) -> nn.Module:
+def fake_mode() -> FakeTensorMode:
+    """A mode of torch in which tensors are fake, whatever forward code makes them of."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def shadow(model: nn.Module, mode: FakeTensorMode | MetaMode | None = None) -> nn.Module:
     """A deep copy whose parameters and buffers are fake, or on the meta device: shapes and dtypes without memory."""
+    mode = mode or fake_mode()
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         fake = mode.from_tensor(tensor.detach())

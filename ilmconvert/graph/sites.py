@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrize
 
 from ilmconvert.graph.calls import Call
@@ -16,7 +15,7 @@ from ilmconvert.graph.functional import FunctionalNorm, functional_norms
 from ilmconvert.graph.inputs import Inputs, first_tensor
 from ilmconvert.graph.meta import MetaMode
 from ilmconvert.graph.run import Run, record_run
-from ilmconvert.graph.shadow import refuse_opaque, shadow
+from ilmconvert.graph.shadow import fake_mode, refuse_opaque, shadow
 from ilmconvert.norms import Entry, NormSpec, Refusal, class_name, find
 from ilmconvert.norms.parametrized import own_parameters
 
@@ -126,7 +125,7 @@ def find_sites(model: nn.Module, inputs: Inputs | None = None) -> SiteSearch:
     exploration = Exploration(copy, set(norms)).explore()
     run = Run() if inputs is None else record_run(copy, inputs, mode, set(norms))
     if run.error and inputs is not None:  # the forward pass asks for more than meta tensors know
-        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        fake = fake_mode()
         again = shadow(model, fake)
         run = record_run(again, inputs, fake, set(norm_paths(again)))
     ran = (copy.get_submodule(path) for path in run.shapes)

@@ -13,6 +13,7 @@ from torch import fx, nn
 from torch.fx.proxy import ParameterProxy
 
 from ilmconvert.norms import find
+from ilmconvert.wording import one_line
 
 __all__ = ["FUNCTIONAL_NORMS", "NormTracer", "TraceError", "concrete_defaults", "harmless_read", "trace"]
 
@@ -88,8 +89,7 @@ def trace(module: nn.Module) -> fx.Graph:
     try:
         return tracer.trace(module, concrete_args=concrete_defaults(module))
     except Exception as error:  # forward code may raise anything when it meets a proxy
-        message = " ".join(str(error).split()) or type(error).__name__
-        raise TraceError(message[:300]) from error
+        raise TraceError(one_line(error) or type(error).__name__) from error
     finally:
         vars(tracer).clear()  # a cycle in torch.fx keeps it, and with it the module, until the garbage collector runs
 

@@ -47,7 +47,6 @@ __all__ = [
     "key_features",
     "plain_ilm_norm",
     "predict",
-    "rescaling",
     "standardize",
 ]
 
@@ -93,6 +92,11 @@ class Standardization:
             raise ValueError("Standardization expected center=False with scale_by='rms', got center=True")
         if self.eps is not None:
             object.__setattr__(self, "eps", float(self.eps))
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether torch's Group or Layer Norm computes it."""
+        return self.center and self.scale_by == "var" and not self.unbiased
 
     @property
     def reduced(self) -> tuple[int, ...]:
@@ -152,19 +156,26 @@ def group_moments(x: Tensor, groups: int, how: Standardization) -> tuple[Tensor,
     return mean, var
 
 
-def standardize(x: Tensor, shape: tuple[int, ...], groups: int, how: Standardization) -> Tensor:
-    """Stage 1 of ``x`` in its own layout and memory format.
+def standardize(
+    x: Tensor,
+    shape: tuple[int, ...],
+    groups: int,
+    how: Standardization,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Stage 1 of ``x`` in its own layout and memory format; with ``weight`` and ``bias``, the base norm.
 
     Where torch has a kernel for it, that kernel is used, so that a converted norm rounds as the original does.
     """
     eps = torch.finfo(x.dtype).eps if how.eps is None else how.eps
-    if how.center and how.scale_by == "var" and not how.unbiased:
+    if how.has_kernel:
         if how.layout == "sample":
-            return torch.group_norm(x, groups, None, None, eps)
+            return torch.group_norm(x, groups, weight, bias, eps)
         if how.layout == "token":
-            return F.layer_norm(x, shape, None, None, eps)
+            return F.layer_norm(x, shape, weight, bias, eps)
         last = x.ndim - 1  # torch's older ONNX exporter takes no negative one
-        return F.layer_norm(x.movedim(1, last), shape, None, None, eps).movedim(last, 1)
+        return F.layer_norm(x.movedim(1, last), shape, weight, bias, eps).movedim(last, 1)
     flat = canonical(x, how.layout, shape)
     grouped = _grouped(flat, groups)
     if how.scale_by == "rms":
@@ -173,7 +184,10 @@ def standardize(x: Tensor, shape: tuple[int, ...], groups: int, how: Standardiza
         mean, power = group_moments(flat, groups, how)
     if how.center and mean is not None:
         grouped = grouped - mean
-    return (grouped * torch.rsqrt(power + eps)).reshape(x.shape)
+    y = (grouped * torch.rsqrt(power + eps)).reshape(flat.shape)
+    y = y if weight is None else y * weight.reshape(1, shape[0], -1)
+    y = y if bias is None else y + bias.reshape(1, shape[0], -1)
+    return y.reshape(x.shape)
 
 
 def key_features(spread: Tensor, mean: Tensor, center: Tensor | None, scale: Tensor | None) -> Tensor:
@@ -276,7 +290,7 @@ class Config(NamedTuple):
     how: Standardization
 
 
-def rescaling(x: Tensor, parameters: Parameters, config: Config) -> tuple[Tensor, Tensor]:
+def _rescaling(x: Tensor, parameters: Parameters, config: Config) -> tuple[Tensor, Tensor]:
     """Scale and shift of stage 2 for the canonical ``x``: ``(A, C, 1 or S)`` each."""
     channels, keys = x.shape[1], config.num_key_groups
 
@@ -308,8 +322,7 @@ def plain_ilm_norm(x: Tensor, parameters: Parameters, config: Config) -> Tensor:
         config: the layer's constants.
     """
     shape, groups, _, how = config
-    scale, shift = rescaling(canonical(x, how.layout, shape), parameters, config)
+    scale, shift = _rescaling(canonical(x, how.layout, shape), parameters, config)
     standardized = canonical(standardize(x, shape, groups, how), how.layout, shape)
     y = torch.addcmul(shift, standardized, scale).reshape(x.shape)
-    native = how.center and how.scale_by == "var" and not how.unbiased
-    return y if how.layout != "position" or native or not x.is_contiguous() else y.contiguous()
+    return y if how.layout != "position" or how.has_kernel or not x.is_contiguous() else y.contiguous()

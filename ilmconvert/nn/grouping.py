@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["bottleneck", "divisors", "key_groups", "nearest_groups"]
+__all__ = ["KEY_GROUP_SIZE", "REDUCTION", "bottleneck", "divisors", "key_groups", "nearest_groups"]
 
 KEY_GROUP_SIZE = 16
 REDUCTION = 16

@@ -15,11 +15,12 @@ from ilmconvert.nn.functional import (
     autocast_enabled,
     check_shape,
     plain_ilm_norm,
+    standardize,
 )
 from ilmconvert.nn.fused import fused_ilm_norm
 from ilmconvert.nn.grouping import bottleneck, key_groups, nearest_groups
 from ilmconvert.nn.predictor import MetaPredictor
-from ilmconvert.nn.silent import base_norm, is_silent
+from ilmconvert.nn.silent import is_silent
 
 __all__ = ["ILMNorm", "ILMNormAct", "Mode"]
 
@@ -277,7 +278,7 @@ def ilm_norm(x: Tensor, parameters: Parameters, config: Config) -> Tensor:
 
 def _computed(x: Tensor, parameters: Parameters, config: Config) -> Tensor:
     if is_silent(x, parameters):
-        return base_norm(x, parameters, config)
+        return standardize(x, config.shape, config.num_groups, config.how, parameters.weight, parameters.bias)
     y = fused_ilm_norm(x, parameters, config)
     return plain_ilm_norm(x, parameters, config) if y is None else y
 

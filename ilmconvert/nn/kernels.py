@@ -21,7 +21,6 @@ __all__ = [
     "Moments",
     "affine",
     "channel_sums",
-    "coarser",
     "group_norm",
     "group_norm_backward",
     "moments",
@@ -99,7 +98,7 @@ def standardizers(x: Tensor, dim: int, groups: int, keys: int, eps: float) -> tu
     mean, var, far = moments(x, dim, math.lcm(groups, keys))
 
     def of(count: int) -> _Pair:
-        center, spread = coarser(mean, var, count)
+        center, spread = _coarser(mean, var, count)
         return center, torch.rsqrt(spread + eps)
 
     own = of(groups)
@@ -109,14 +108,14 @@ def standardizers(x: Tensor, dim: int, groups: int, keys: int, eps: float) -> tu
 def moments(x: Tensor, dim: int, groups: int) -> Moments:
     """Of each group: two ``(N, groups)``."""
     if torch.compiler.is_compiling():
-        return Moments(*coarser(*_pivoted(x, dim), groups), True)
+        return Moments(*_coarser(*_pivoted(x, dim), groups), True)
     if not x.is_cpu:  # a look at the values would wait for the device
         var, mean = torch.var_mean(x, dim, correction=0)
-        return Moments(*coarser(mean, var, groups), False)
+        return Moments(*_coarser(mean, var, groups), False)
     n = len(x)
     if x.shape[dim] == 1:
         values = x.view(n, -1)
-        return Moments(*coarser(values, torch.zeros_like(values), groups), True)
+        return Moments(*_coarser(values, torch.zeros_like(values), groups), True)
     count = x.numel() // (n * groups)
     var, mean = (total.mul_(1 / count) for total in _group_sums(x, dim, groups))
     var.addcmul_(mean, mean, value=-1)
@@ -179,7 +178,7 @@ def _pivoted(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return mean + pivot.squeeze(dim), (power - mean.square()).clamp_min(0)
 
 
-def coarser(mean: Tensor, var: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+def _coarser(mean: Tensor, var: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """Mean and (biased) variance of groups from those of finer groups (law of total variance)."""
     n, finer = mean.shape
     if groups == finer:

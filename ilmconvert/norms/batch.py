@@ -40,7 +40,7 @@ from ilmconvert.nn.functional import Standardization
 from ilmconvert.norms.registry import NormHandler, has_act, register
 from ilmconvert.norms.spec import NormSpec
 
-__all__ = ["is_untrained"]
+__all__ = ["Batch", "is_untrained"]
 
 REACH = 64.0  # in units of the expected deviation; measured in benchmarks/start.py
 _SPATIAL = {"BatchNorm2d": 2, "BatchNormAct2d": 2, "FrozenBatchNorm2d": 2, "FrozenBatchNormAct2d": 2, "BatchNorm3d": 3}

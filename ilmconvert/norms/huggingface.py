@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ilmconvert.nn.functional import Standardization
 from ilmconvert.norms.batch import Batch
-from ilmconvert.norms.layer import Layer
-from ilmconvert.norms.registry import NormHandler, refuse, register
+from ilmconvert.norms.layer import Layer, Layer2d
+from ilmconvert.norms.registry import NormHandler, register
 from ilmconvert.norms.spec import NormSpec
 
 
@@ -176,15 +176,4 @@ class HuggingFaceLayer(Layer):
         return self.over(module, "position" if first else "token")
 
 
-@register(*_CHANNELS_FIRST)
-class HuggingFaceLayer2d(Layer):
-    """Layer Norm over the channels of each position of ``(N, C, H, W)`` or ``(N, C, L)``."""
-
-    layout = "position"
-
-
-refuse(
-    ("transformers.models.convnextv2.modeling_convnextv2.ConvNextV2GRN",),
-    "not-a-standardization",
-    "Global Response Norm contrasts channels with one another; it does not standardize",
-)
+register(*_CHANNELS_FIRST)(Layer2d)

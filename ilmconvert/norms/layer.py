@@ -60,6 +60,6 @@ class Layer(NormHandler):
     f"{_FUSED}.LayerNormAct2dFp32",
 )
 class Layer2d(Layer):
-    """Layer Norm over the channels of each position of ``(N, C, H, W)``."""
+    """Layer Norm over the channels of each position of ``(N, C, *)``."""
 
     layout: Layout = "position"

@@ -17,7 +17,18 @@ from ilmconvert.errors import UsageError
 from ilmconvert.nn import ILMNorm
 from ilmconvert.norms.spec import NormSpec
 
-__all__ = ["Entry", "NormHandler", "Refusal", "class_name", "entries", "find", "register"]
+__all__ = [
+    "Entry",
+    "NormHandler",
+    "Refusal",
+    "class_name",
+    "entries",
+    "find",
+    "has_act",
+    "refuse",
+    "register",
+    "returns_input_dtype",
+]
 
 
 class NormHandler:

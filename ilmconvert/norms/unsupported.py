@@ -20,7 +20,7 @@ refuse(
     "Filter Response Norm pairs an uncentered norm with a thresholded activation of its own; it needs no batch already",
 )
 refuse(
-    ("timm.layers.grn.GlobalResponseNorm",),
+    ("timm.layers.grn.GlobalResponseNorm", "transformers.models.convnextv2.modeling_convnextv2.ConvNextV2GRN"),
     "not-a-standardization",
     "Global Response Norm contrasts channels with one another; it does not standardize",
 )

@@ -28,6 +28,7 @@ from ilmconvert.survey.passes import Pass, perturb_norms, run_pass
 from ilmconvert.survey.records import Record, Tensors
 from ilmconvert.survey.walk import norm_like
 from ilmconvert.verification import relative_difference
+from ilmconvert.wording import brief
 
 if TYPE_CHECKING:
     from ilmconvert.survey.run import SurveyOptions
@@ -87,7 +88,7 @@ def examine(task: Task) -> Record:
         status, reason = "left out", str(error)
     except Exception as error:  # a model may raise anything; the record keeps it
         status, trace = "failed", traceback.format_exc()[-4000:]
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        reason = brief(error)
     if status == "ok" and notes.problems:
         status, reason = "failed", notes.problems[0]
     record = Record(task.library, task.name, task.tensors, status, reason, trace)  # type: ignore[arg-type]

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
 from ilmconvert.graph import Inputs
+from ilmconvert.graph.inputs import tensors_in
 from ilmconvert.probing import fill_zeros_
 from ilmconvert.survey.walk import norm_like
 
@@ -49,8 +49,8 @@ def run_pass(model: nn.Module, inputs: Inputs, paths: list[str], *, lengths: boo
 
     def record(path: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            tensors = [v for v in tree_flatten((args, kwargs, output))[0] if isinstance(v, Tensor)]
-            sites[path] = (*sites.get(path, ()), *(tuple(t.shape[first:]) for t in tensors))
+            shapes = (tuple(t.shape[first:]) for t in tensors_in((args, kwargs, output)))
+            sites[path] = (*sites.get(path, ()), *shapes)
 
         return hook
 
@@ -60,7 +60,7 @@ def run_pass(model: nn.Module, inputs: Inputs, paths: list[str], *, lengths: boo
     finally:
         for handle in handles:
             handle.remove()
-    outputs = [v for v in tree_flatten(output)[0] if isinstance(v, Tensor)]
+    outputs = tensors_in(output)
     return Pass(outputs, tuple(tuple(t.shape[first:]) for t in outputs), sites)
 
 

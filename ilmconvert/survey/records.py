@@ -12,7 +12,7 @@ from typing import Any, Literal
 from ilmconvert.errors import CheckpointError, PlanError
 from ilmconvert.jsonable import from_data, to_json
 
-__all__ = ["Log", "Record", "Session", "append", "read_log"]
+__all__ = ["Log", "Record", "Session", "Tensors", "append", "read_log"]
 
 Tensors = Literal["meta", "real"]
 Status = Literal["ok", "failed", "lost", "left out"]

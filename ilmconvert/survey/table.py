@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ilmconvert.report import plural
 from ilmconvert.survey.records import Log, Record, Session
+from ilmconvert.wording import plural
 
 __all__ = ["Totals", "coverage_page", "is_page"]
 

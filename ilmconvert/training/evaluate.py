@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ilmconvert.errors import ModelError, UsageError
+from ilmconvert.errors import UsageError
 from ilmconvert.graph.inputs import first_tensor
 from ilmconvert.metrics import Comparison, Score, Scoring, Similarity, logits_of
 from ilmconvert.training.data import ImageData
@@ -73,7 +73,7 @@ class Judge:
                 continue
             got = answers(model, batch.images)
             if self._original is not None:
-                comparison.update(self._reference(number, batch.images).to(got.device), got)
+                comparison.update(self._reference(self._original, number, batch.images).to(got.device), got)
             else:
                 scoring.update(got, self._labels(batch, got).to(got.device))
         sums = (scoring if self._original is None else comparison).reduce()
@@ -85,12 +85,10 @@ class Judge:
             )
         return sums.result()
 
-    def _reference(self, number: int, images: Tensor) -> Tensor:
-        if self._original is None:
-            raise ModelError("expected an original to compare with, got none")
+    def _reference(self, original: nn.Module, number: int, images: Tensor) -> Tensor:
         self._wanted += [None] * (number + 1 - len(self._wanted))
         if (known := self._wanted[number]) is None:
-            known = self._wanted[number] = answers(self._original, images).cpu()
+            known = self._wanted[number] = answers(original, images).cpu()
         return known
 
     def _labels(self, batch: Batch, logits: Tensor) -> Tensor:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from ilmconvert.errors import UsageError
+from ilmconvert.options import Options
 from ilmconvert.training.groups import META_LR_SCALE
 
 __all__ = ["Precision", "RecoverOptions"]
@@ -16,7 +17,7 @@ Precision = Literal["no", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
-class RecoverOptions:
+class RecoverOptions(Options):
     """How to train. The run ends at the first limit reached of ``steps``, ``epochs`` and ``minutes``.
 
     Attributes:
@@ -46,6 +47,7 @@ class RecoverOptions:
         cpu: use the CPU though there is a GPU.
     """
 
+    EXAMPLE = "steps=100, lr=1e-4"
     MOST_HELD_OUT = 2048
 
     steps: int | None = None
@@ -84,24 +86,6 @@ class RecoverOptions:
         _check(
             "precision", self.precision, f"one of {', '.join(get_args(Precision))}", get_args(Precision).__contains__
         )
-
-    @classmethod
-    def of(cls, options: RecoverOptions | None, given: dict[str, Any]) -> RecoverOptions:
-        """An options value from one, or from keyword fields.
-
-        Raises:
-            UsageError: both are given, a keyword is not an option, or ``options`` is something else.
-        """
-        if not isinstance(options, (RecoverOptions, type(None))):
-            raise UsageError(
-                f"expected RecoverOptions, or options by keyword (steps=100, lr=1e-4), got {type(options).__name__}"
-            )
-        known = [f.name for f in fields(cls)]
-        if wrong := sorted(set(given) - set(known)):
-            raise UsageError(f"expected options among {', '.join(known)}; got {', '.join(wrong)}")
-        if options is not None and given:
-            raise UsageError("expected options or keyword fields, got both; put the fields into the RecoverOptions")
-        return options if options is not None else cls(**given)
 
     def total_steps(self, images: int) -> int | None:
         """Steps until the limits that count steps; None if there is only the clock."""

@@ -52,7 +52,7 @@ def curve(report: RecoveryReport) -> Figure:
     from matplotlib.figure import Figure
 
     steps = [e.step for e in report.evaluations]
-    name, second = ("agreement", "kl") if report.figure == "agreement" else ("accuracy", "loss")
+    name, second = report.start.measured.FIGURES
     labels = {"kl": "KL(original ‖ converted), nats", "loss": "cross-entropy, nats"}
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
@@ -63,7 +63,7 @@ def curve(report: RecoveryReport) -> Figure:
     axes.set(xlabel="step", title=f"{name} on {report.held_out} held-out images: {won}")
     axes.set_ylabel(f"top-1 {name}, %", color="tab:blue")
     other = axes.twinx()
-    other.plot(steps, [getattr(e.measured, second) for e in report.evaluations], color="tab:orange", linewidth=1)
+    other.plot(steps, [e.distance for e in report.evaluations], color="tab:orange", linewidth=1)
     other.set_ylabel(labels[second], color="tab:orange")
     other.set_ylim(bottom=0)
     return figure

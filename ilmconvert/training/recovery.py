@@ -11,6 +11,7 @@ from torch import nn
 
 from ilmconvert.errors import UsageError
 from ilmconvert.graph.inputs import check_model
+from ilmconvert.options import Progress
 from ilmconvert.training.data import Images, open_images
 from ilmconvert.training.options import RecoverOptions
 from ilmconvert.training.processes import processes
@@ -33,7 +34,7 @@ def recover(
     held_out_images: Images | None = None,
     run_folder: str | Path | None = None,
     resume: bool = False,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
     on_evaluation: Callable[[Evaluation], None] | None = None,
     **fields: Any,
 ) -> Recovery:
@@ -89,7 +90,7 @@ def recover(
     data = open_images(images, converted, wanted, labels=labels, held_out=held_out_images)
     folder = None if run_folder is None else Path(run_folder)
 
-    def train(accelerator: Accelerator) -> Recovery:
+    def train(accelerator: Accelerator) -> Recovery:  # a function, so that the trainer is gone before the processes are
         listener = Listener(progress, on_evaluation) if accelerator.is_main_process else Listener()
         trainer = Trainer(accelerator, None if labels else original, converted, data, wanted, listener)
         if resume and folder is not None:

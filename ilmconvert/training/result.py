@@ -13,7 +13,7 @@ from torch import nn
 
 from ilmconvert.jsonable import to_json
 from ilmconvert.metrics import Score, Similarity
-from ilmconvert.report import plural
+from ilmconvert.wording import plural
 
 __all__ = ["Evaluation", "Recovery", "RecoveryReport", "to_jsonl"]
 
@@ -43,14 +43,18 @@ class Evaluation:
     @property
     def merit(self) -> tuple[float, float]:
         """What candidates are compared by, larger is better: agreement then KL, or accuracy then loss."""
-        m = self.measured
-        pair = (m.agreement, -m.kl) if isinstance(m, Similarity) else (m.accuracy, -m.loss)
-        return tuple(-math.inf if math.isnan(value) else value for value in pair)  # type: ignore[return-value]
+        first, second = (getattr(self.measured, name) for name in self.measured.FIGURES)
+        return tuple(-math.inf if math.isnan(value) else value for value in (first, -second))  # type: ignore[return-value]
 
     @property
     def top1(self) -> float:
         """Agreement or accuracy, 0 to 1."""
         return self.merit[0]
+
+    @property
+    def distance(self) -> float:
+        """KL or cross-entropy, nats."""
+        return float(getattr(self.measured, self.measured.FIGURES[1]))
 
     def to_dict(self) -> dict[str, Any]:
         """As flat plain data."""
@@ -95,7 +99,7 @@ class RecoveryReport:
     @property
     def figure(self) -> str:
         """What is compared first: ``agreement`` or ``accuracy``."""
-        return "agreement" if isinstance(self.start.measured, Similarity) else "accuracy"
+        return self.start.measured.FIGURES[0]
 
     @property
     def start(self) -> Evaluation:
@@ -127,10 +131,10 @@ class RecoveryReport:
 
     def __str__(self) -> str:
         start, best, last = self.start, self.best, self.evaluations[-1]
-        second = "kl" if self.figure == "agreement" else "loss"
+        first, second = start.measured.FIGURES
         lines = [
-            f"{self.figure} on {self.held_out} held-out images: {100 * start.top1:.1f} % -> {100 * best.top1:.1f} % "
-            f"({second} {getattr(start.measured, second):.4g} -> {getattr(best.measured, second):.4g})",
+            f"{first} on {self.held_out} held-out images: {100 * start.top1:.1f} % -> {100 * best.top1:.1f} % "
+            f"({second} {start.distance:.4g} -> {best.distance:.4g})",
             f"  best at step {best.step} of {last.step}, {last.epoch:.1f} epochs of {self.images} images",
         ]
         if last.step == 0:

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from ilmconvert.errors import CheckpointError
+from ilmconvert.wording import one_line
 
 __all__ = ["CHECKPOINT", "JOURNAL", "RunState", "full_weights", "is_run_file", "read_state", "restore_", "write_state"]
 
@@ -108,9 +109,7 @@ def read_state(folder: Path) -> RunState:
                 else:
                     parts[part][rest] = stored.get_tensor(name)
     except Exception as error:
-        raise CheckpointError(
-            f"the state of the run at {str(file)!r} cannot be read: {' '.join(str(error).split())[:300]}"
-        ) from error
+        raise CheckpointError(f"the state of the run at {str(file)!r} cannot be read: {one_line(error)}") from error
     return RunState(progress, **parts)
 
 

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ilmconvert.errors import UsageError
 from ilmconvert.images import UNREADABLE, read_image
 from ilmconvert.training.options import RecoverOptions
+from ilmconvert.wording import one_line
 
 __all__ = ["Batch", "ImageFiles", "held_out_loader", "training_stream"]
 
@@ -92,7 +93,7 @@ def _read(source: Any, index: int) -> tuple[Any, dict[str, str]]:
     try:
         return source[index], {}
     except UNREADABLE as error:
-        return None, {str(source.files[index]): " ".join(str(error).split())}
+        return None, {str(source.files[index]): one_line(error)}
 
 
 def _batch(item: Any, broken: dict[str, str]) -> Batch:

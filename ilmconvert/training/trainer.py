@@ -16,8 +16,8 @@ from ilmconvert.errors import CheckpointError, ModelError
 from ilmconvert.fingerprint import fingerprint
 from ilmconvert.finite import why_not_finite
 from ilmconvert.graph.shadow import copy_model
-from ilmconvert.metrics import Similarity
 from ilmconvert.nn import ILMNorm
+from ilmconvert.options import Progress
 from ilmconvert.processes import from_all
 from ilmconvert.training.data import ImageData
 from ilmconvert.training.evaluate import Judge
@@ -42,7 +42,7 @@ _RESERVE = 1.5  # times the last measurement is kept for the one at the end of a
 class Listener:
     """Whom to tell: ``progress(what, done, total)``, and each measurement."""
 
-    progress: Callable[[str, int, int], None] | None = None
+    progress: Progress | None = None
     on_evaluation: Callable[[Evaluation], None] | None = None
 
 
@@ -154,12 +154,11 @@ class Trainer:
         began = time.monotonic()
         self._candidate.load_state_dict(full_weights(self._model))
         measured = self._judge(self._candidate)
-        figure = measured.kl if isinstance(measured, Similarity) else measured.loss
-        if not self._evaluations and not math.isfinite(figure):
-            raise ModelError(_no_numbers(self._objective.original, self._candidate))
         mean = None if loss is None else float(self._accelerator.reduce(loss, "mean"))
         epoch = self._step * self._options.batch_size / len(self._data.train)  # type: ignore[arg-type]
         evaluation = Evaluation(self._step, epoch, self._seconds(), lr, mean, measured)
+        if not self._evaluations and not math.isfinite(evaluation.distance):
+            raise ModelError(_no_numbers(self._objective.original, self._candidate))
         if not self._best or evaluation.merit > max(e.merit for e in self._evaluations):
             self._best = {name: t.detach().cpu().clone() for name, t in self._candidate.state_dict().items()}
         self._evaluations.append(evaluation)

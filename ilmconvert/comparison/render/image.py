@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from ilmconvert.comparison.nodes import Node
-from ilmconvert.comparison.render.words import class_change, printable
+from ilmconvert.comparison.render.words import class_change, cut, printable, subtrees
 from ilmconvert.comparison.value import GraphDiff, Row
 from ilmconvert.errors import IlmconvertError, UsageError
 
@@ -67,11 +67,7 @@ def _find(diff: GraphDiff, path: str) -> int:
 class _Drawing:
     def __init__(self, diff: GraphDiff) -> None:
         self.diff, self.graphviz = diff, _graphviz()
-        self.changed = [bool(row.changes) for row in diff.rows]
-        for index in reversed(range(len(diff.rows))):
-            parent = diff.rows[index].parent
-            if parent is not None:
-                self.changed[parent] |= self.changed[index]
+        self.changed, self.sizes = subtrees(diff)
         self.shown: dict[int, int] = {}  # row to the row that is drawn for it
 
     def draw(self, tops: tuple[int, ...]) -> Any:
@@ -98,13 +94,14 @@ class _Drawing:
                 for child in below:
                     self._add(cluster, child)
             return
-        self._node(graph, index, len(list(self._all_below(index))))
+        self._node(graph, index)
 
-    def _node(self, graph: Any, index: int, folded: int) -> None:
+    def _node(self, graph: Any, index: int) -> None:
         row = self.diff.rows[index]
         fill, border = _COLOURS[row.changes[0] if row.changes else ""]
         norm = any(node is not None and node.role for node in self.diff.nodes(row))
-        more = f"\n{folded - 1} unchanged" if folded > 1 else ""
+        folded = self.sizes[index] - 1
+        more = f"\n{folded} unchanged" if folded else ""
         width = "2.4" if norm else "1"
         graph.node(f"n{index}", self._label(row, more), fillcolor=fill, color=border, penwidth=width)
         for inner in self._all_below(index):
@@ -119,10 +116,8 @@ class _Drawing:
         a, b = self.diff.nodes(row)
         node = b or a
         name = "" if node is None or node.kind == "call" else node.name
-        lines = [_short(printable(name)), _short(class_change(self.diff, row))]
-        return self.graphviz.escape(
-            "\n".join(line for line in lines if line) + more
-        )  # a str that is never taken as HTML
+        lines = [cut(text, _LONGEST) for text in (printable(name), class_change(self.diff, row)) if text]
+        return self.graphviz.escape("\n".join(lines) + more)  # a str that is never taken as HTML
 
     def _edges(self) -> dict[tuple[int, int], list[str]]:
         """Edges between what is drawn, with the sides that have them."""
@@ -140,7 +135,3 @@ class _Drawing:
 
     def _node_of(self, path: str, side: str) -> Node:
         return (self.diff.before if side == "before" else self.diff.after).by_path[path]
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."

@@ -16,9 +16,11 @@ from ilmconvert.comparison.render.words import (
     parameters_below,
     printable,
     state_dict,
+    subtrees,
     totals,
 )
 from ilmconvert.comparison.value import GraphDiff
+from ilmconvert.wording import plural
 
 __all__ = ["summary", "text"]
 
@@ -60,8 +62,8 @@ def _head(diff: GraphDiff) -> list[str]:
     if errors:
         lines.append(f"  could not be run for shapes and counts: {printable('; '.join(errors))}")
     if diff.numerics is not None:
-        more = len(diff.numerics.notes)
-        noted = f"; {more} note{'' if more == 1 else 's'}" if more else ""
+        notes = diff.numerics.notes
+        noted = f"; {plural(len(notes), 'note')}" if notes else ""
         lines.append(f"  outputs: {outputs(diff)} (on {printable(diff.numerics.inputs)}{noted})")
     return lines
 
@@ -79,18 +81,7 @@ class _Tree:
     def __init__(self, diff: GraphDiff, unfold: bool) -> None:
         self.diff, self.unfold = diff, unfold
         self.differences = differences(diff)
-        self.changed, self.sizes = self._below()
-
-    def _below(self) -> tuple[list[bool], list[int]]:
-        """Whether anything changed in each row's subtree, and how many rows it has."""
-        changed = [bool(row.changes) for row in self.diff.rows]
-        sizes = [1] * len(changed)
-        for index in reversed(range(len(changed))):
-            parent = self.diff.rows[index].parent
-            if parent is not None:
-                changed[parent] |= changed[index]
-                sizes[parent] += sizes[index]
-        return changed, sizes
+        self.changed, self.sizes = subtrees(diff)
 
     def lines(self) -> Iterator[str]:
         yield from self._siblings(self.diff.children.get(None, ()), 0)

@@ -13,6 +13,7 @@ __all__ = [
     "MARKS",
     "class_change",
     "counts_line",
+    "cut",
     "differences",
     "frequent",
     "mark",
@@ -21,6 +22,7 @@ __all__ = [
     "parameters_below",
     "printable",
     "state_dict",
+    "subtrees",
     "tensor",
     "totals",
 ]
@@ -48,7 +50,7 @@ def printable(text: str) -> str:
 
 def class_change(diff: GraphDiff, row: Row) -> str:
     """``Conv2d``, or ``BatchNorm2d -> ILMNorm``; a call with its arguments."""
-    return _classes(diff, row, lambda n: f"({_cut(n.attributes.get('arguments', ''))})" if n.kind == "call" else "")
+    return _classes(diff, row, lambda n: f"({cut(n.attributes.get('arguments', ''))})" if n.kind == "call" else "")
 
 
 def _classes(diff: GraphDiff, row: Row, more: Callable[[Node], str] = lambda _: "") -> str:
@@ -83,7 +85,7 @@ def _details(diff: GraphDiff, row: Row) -> list[str]:
     lines = [_kept(diff, row)] if row.fields and row.fields[0].group == "class" else []
     lines += [_both(f) for f in plain if f.before is not None and f.after is not None]
     added = sorted((f for f in plain if f.before is None), key=lambda f: f.name not in _LABELS)
-    lines.append(_list("now ", [f"{_label(f)} {_cut(f.after or '')}" for f in added]))
+    lines.append(_list("now ", [f"{_label(f)} {cut(f.after or '')}" for f in added]))
     lines.append(_list("no longer ", [_label(f) for f in plain if f.after is None]))
     lines += [f"{f.name} {f.before} -> {f.after}" for f in tensors if f.before is not None and f.after is not None]
     lines.append(_list("new ", [f"{f.name} {f.after}" for f in tensors if f.before is None]))
@@ -106,12 +108,13 @@ def _both(field: FieldChange) -> str:
     if max(len(before), len(after)) > _LONGEST:
         same = takewhile(lambda pair: pair[0] == pair[1], zip(before, after, strict=False))
         start = max(sum(1 for _ in same) - _BEFORE, 0)
-        before, after = (f"{'...' if start else ''}{_cut(text[start:])}" for text in (before, after))
+        before, after = (f"{'...' if start else ''}{cut(text[start:])}" for text in (before, after))
     return f"{_label(field)} {before} -> {after}"
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+def cut(text: str, longest: int = _LONGEST) -> str:
+    """The text, or its beginning and three dots."""
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
 def _label(field: FieldChange) -> str:
@@ -186,6 +189,18 @@ def numbers(row: Row) -> str:
     if error is None:
         return f"error: {row.numbers.note}"
     return f"error {error:.1e}" + ("" if cosine is None else f", cosine {cosine:.6f}")
+
+
+def subtrees(diff: GraphDiff) -> tuple[list[bool], list[int]]:
+    """Whether anything changed in each row or below it, and how many rows that are."""
+    changed = [bool(row.changes) for row in diff.rows]
+    sizes = [1] * len(changed)
+    for index in reversed(range(len(changed))):
+        parent = diff.rows[index].parent
+        if parent is not None:
+            changed[parent] |= changed[index]
+            sizes[parent] += sizes[index]
+    return changed, sizes
 
 
 def parameters_below(diff: GraphDiff, index: int) -> int:
