@@ -9,7 +9,7 @@ from torch import nn
 from ilmconvert.errors import PlanError
 from ilmconvert.graph.calls import FoundCall, as_module, find_calls
 from ilmconvert.graph.mentions import read_attributes
-from ilmconvert.graph.owner import redirect_, restore_
+from ilmconvert.graph.owner import redirected, restore_
 from ilmconvert.graph.shadow import shadow
 from ilmconvert.graph.tracer import TraceError
 from ilmconvert.norms import Refusal
@@ -83,18 +83,24 @@ def redirect_calls_(model: nn.Module, plan: Plan, layers: Mapping[str, nn.Module
     A tensor that only the calls used has moved into the layer; its old name stays, empty, so that the order of names
     survives an undo. One that other code reads stays there too. Calls on the parameters of a norm module that became a
     layer run that layer.
+
+    Raises:
+        PlanError: an owner is not as planned; nothing is changed then.
     """
     children_of = _children(plan)
     owned, readers = _of_owners(plan), _readers(model) if children_of else {}
+    made = {}
     for owner_path, children in children_of.items():
-        owner, decisions = get_module(model, owner_path), owned.get(owner_path, [])
-        for decision in decisions:
-            owner.add_module(decision.site.layer_path.rpartition(".")[2], layers[decision.path])
+        owner = get_module(model, owner_path)
         try:
-            used = redirect_(owner, children, _ranks(decisions))
+            made[owner_path] = redirected(owner, children, _ranks(owned.get(owner_path, [])))
         except TraceError as error:
             raise PlanError(f"expected the forward of {owner_path!r} to be as planned, but: {error}") from error
-        for decision in decisions:
+    for owner_path, (cls, used) in made.items():
+        owner = get_module(model, owner_path)
+        owner.__class__ = cls
+        for decision in owned.get(owner_path, []):
+            owner.add_module(decision.site.layer_path.rpartition(".")[2], layers[decision.path])
             for path in decision.site.call.tensors.values() if decision.site.call else ():
                 if path not in used and not _read_by_others(owner, path, readers):
                     _set(owner, path, None)

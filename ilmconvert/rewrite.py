@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import is_dataclass
 from functools import partial
-from types import MethodType
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
@@ -117,7 +119,7 @@ def replace_modules_(model: nn.Module, replacements: dict[str, nn.Module]) -> nn
 
 
 def _replaced(value: Any, instead: Mapping[nn.Module, nn.Module], depth: int = 3) -> Any:
-    """A module's stand-in, and containers with theirs: lists and dicts themselves, others rebuilt where they differ."""
+    """A module's stand-in, and containers with theirs: themselves if they can be changed, or else rebuilt."""
     if isinstance(value, nn.Module):
         return instead.get(value, value)
     if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module) and value.__self__ in instead:
@@ -126,7 +128,10 @@ def _replaced(value: Any, instead: Mapping[nn.Module, nn.Module], depth: int = 3
         parts = value.func, value.args, value.keywords
         function, args, keywords = new = _replaced(parts, instead)
         return value if new is parts else partial(function, *args, **keywords)
-    if not depth or not isinstance(value, (list, tuple, dict)):
+    if is_dataclass(value) or isinstance(value, SimpleNamespace):
+        _replaced(getattr(value, "__dict__", None), instead, depth)
+        return value
+    if not depth or not isinstance(value, (list, tuple, dict, set, deque)):
         return value
     if isinstance(value, dict):
         changed = {k: new for k, old in value.items() if (new := _replaced(old, instead, depth - 1)) is not old}
@@ -136,8 +141,9 @@ def _replaced(value: Any, instead: Mapping[nn.Module, nn.Module], depth: int = 3
     new = [_replaced(item, instead, depth - 1) for item in value]
     if all(a is b for a, b in zip(new, value, strict=True)):
         return value
-    if isinstance(value, list):
-        value[:] = new
+    if isinstance(value, (list, deque, set)):
+        value.clear()
+        (value.update if isinstance(value, set) else value.extend)(new)
         return value
     return value._make(new) if hasattr(value, "_make") else type(value)(new)
 

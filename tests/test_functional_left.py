@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import random
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import ilmconvert
 from tests.models import OwnCall as Child
@@ -92,15 +95,104 @@ class TwoWays(Child):
         return F.layer_norm(x, (C,), self.w, self.b)
 
 
+class Recovering(Child):
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            x = x / 0
+        except ZeroDivisionError:
+            x = x * 2
+        return super().forward(x)
+
+
+class Own(Child):
+    def __init__(self) -> None:
+        super().__init__()
+        self.forward = self._own  # type: ignore[method-assign]
+
+    def _own(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, (C,), self.w, self.b)
+
+
+class DropsLayers(Child):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and random.random() < 0.5:
+            return x
+        return super().forward(x)
+
+
+class DropsLayersByTorch(Child):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and torch.rand(1).item() < 0.5:
+            return x
+        return super().forward(x)
+
+
+class Checkpointed(Child):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(checkpoint(torch.sin, x, use_reentrant=False))
+
+
+class ContainerDefault(Child):
+    def forward(self, x: Tensor, scales: tuple[int, ...] = (1, 2)) -> Tensor:
+        return super().forward(x * scales[1])
+
+
+class AsksForTensor(Child):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * 2 if torch.is_tensor(x) else x)
+
+
+class TakesLists(Child):
+    def forward(self, x: list[Tensor] | Tensor) -> Tensor:
+        return super().forward(torch.cat(x) if isinstance(x, list) else x)
+
+
+class TakesMask(Child):
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        y = super().forward(x)
+        return y if mask is None else y + mask
+
+
+class Calling(nn.Module):
+    """Calls its child in ways of its own."""
+
+    def __init__(self, child: nn.Module, call: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.child, self.call = child, call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(self.child, x)
+
+
+class Borrowing(nn.Module):
+    """Calls a private method of its child's, behind a branch that no trace gets past."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.child = TwoWays()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.child._features(x) if x.sum() > 0 else self.child(x)
+
+
 @pytest.mark.parametrize(
     ("model", "why"),
     [
-        (Frozen(), "with block"),
+        (Frozen(), "with or try block"),
         (Undifferentiated(), "without gradients"),
         (Counting(), r"\(calls\)"),
         (Averaging(), "a buffer"),
         (TwoWays(), "'features'"),
-        (OverridesFrozen(), "with block"),
+        (OverridesFrozen(), "with or try block"),
+        (Recovering(), "with or try block"),
+        (Own(), "set on the instance"),
+        (DropsLayers(), "random number"),
+        (DropsLayersByTorch(), "random number"),
+        (Checkpointed(), "checkpointed"),
+        (ContainerDefault(), "'scales' has a container"),
+        (AsksForTensor(), "does what torch.fx does not see"),
+        (Calling(TakesLists(), lambda child, x: child([x, x])), "fails with AttributeError"),
+        (Calling(TakesMask(), lambda child, x: child(x, None)), "fails with TypeError"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
@@ -109,7 +201,12 @@ def test_forward_that_a_graph_would_not_repeat_in_full_is_left(model: nn.Module,
     (decision,) = conversion.report.skipped
     assert decision.code == "functional"
     assert re.search(why, decision.reason)
-    assert type(conversion.model[0]) is type(model)
+    assert [type(m) for m in conversion.model[0].modules()] == [type(m) for m in model.modules()]
+
+
+def test_a_private_method_that_another_module_calls_counts_too() -> None:
+    (decision,) = ilmconvert.inspect(Borrowing(), example_inputs=torch.randn(3, C)).skipped
+    assert re.search("method '_?features'", decision.reason)
 
 
 class Penalized(Child):

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections import deque
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import timm
@@ -31,6 +35,24 @@ class Held(nn.Module):
         return self.method(self.partial(self.table["late"][0](self.norms[0](x))))  # type: ignore[no-any-return]
 
 
+@dataclass
+class Stage:
+    norm: nn.Module
+    scale: float = 2.0
+
+
+class HeldByObjects(nn.Module):
+    """A norm that is registered, and called through an object."""
+
+    def __init__(self, hold: Any, get: Any) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(2, 4)
+        self.held, self.get = hold(self.norm), get
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.get(self.held)(x)  # type: ignore[no-any-return]
+
+
 class Reading(nn.Module):
     """Its subclasses read attributes of the norm."""
 
@@ -53,6 +75,29 @@ class ReadsStatistics(Reading):
         if self.training:
             self.bn.running_mean.mul_(0.9)  # type: ignore[union-attr]
         return self.bn(x)  # type: ignore[no-any-return]
+
+
+class ReadsInALoop(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.ModuleList([nn.BatchNorm1d(8)])
+        self.bn[0].gate = 2.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        for norm in self.bn:
+            x = norm(x) * norm.gate
+        return x
+
+
+class AsksForTheClass(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.ModuleList([nn.Linear(8, 8), nn.BatchNorm1d(8)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.bn:
+            x = x + layer(x) if isinstance(layer, (nn.BatchNorm1d, nn.GroupNorm)) else layer(x)
+        return x
 
 
 class ReadsWidth(Reading):
@@ -88,10 +133,53 @@ def test_a_norm_held_in_plain_containers_too_is_replaced_there() -> None:
     assert isinstance(model.second, nn.GroupNorm)
 
 
-@pytest.mark.parametrize("kind", [ReadsWeight, ReadsStatistics])
-def test_a_norm_whose_attributes_are_read_is_left(kind: type[Reading]) -> None:
+@pytest.mark.parametrize(
+    ("hold", "get"),
+    [
+        (Stage, lambda held: held.norm),
+        (lambda norm: SimpleNamespace(stages=[Stage(norm)]), lambda held: held.stages[0].norm),
+        (lambda norm: deque([norm], maxlen=3), lambda held: held[0]),
+        (lambda norm: {norm}, lambda held: next(iter(held))),
+    ],
+    ids=["dataclass", "namespace", "deque", "set"],
+)
+def test_a_norm_held_by_objects_too_is_replaced_there(hold: Any, get: Any) -> None:
+    model = HeldByObjects(hold, get)
+    conversion = ilmconvert.convert(model, example_inputs=torch.randn(2, 4, 5))
+    assert get(conversion.model.held) is conversion.model.norm
+    assert isinstance(conversion.model.norm, ILMNorm)
+    reverted = conversion.revert()
+    assert get(reverted.held) is reverted.norm
+    assert get(model.held) is model.norm
+
+
+def test_a_norm_that_only_an_object_holds_is_reported() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.stage = SimpleNamespace(norms=deque([nn.LayerNorm(4)]))
+    (decision,) = ilmconvert.inspect(model).skipped
+    assert (decision.path, decision.code) == ("stage.norms[0]", "unregistered")
+
+
+class Caching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.cache = nn.LayerNorm(8), {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape not in self.cache:
+            self.cache[x.shape] = torch.zeros(8)
+        return self.norm(x) + self.cache[x.shape]  # type: ignore[no-any-return]
+
+
+def test_a_cache_by_shape_is_no_obstacle() -> None:
+    model, x = Caching(), torch.randn(2, 8)
+    assert torch.equal(ilmconvert.convert(model, example_inputs=x).model(x), model(x))
+
+
+@pytest.mark.parametrize("kind", [ReadsWeight, ReadsStatistics, ReadsInALoop, AsksForTheClass])
+def test_a_norm_whose_attributes_or_class_are_asked_for_is_left(kind: type[nn.Module]) -> None:
     report = ilmconvert.inspect(kind().eval(), example_inputs=torch.randn(4, 8))
-    assert [(d.path, d.code) for d in report.skipped] == [("bn", "parameters-read")]
+    assert [(d.path.partition(".")[0], d.code) for d in report.skipped] == [("bn", "parameters-read")]
 
 
 def test_attributes_that_the_layer_has_too_are_no_obstacle() -> None:
@@ -120,7 +208,28 @@ class Predicting(nn.LayerNorm):
     weight = property(lambda self: self.predict.weight[:, 0], lambda self, value: None)
 
 
-@pytest.mark.parametrize(("norm", "code"), [(Called(8), "custom-forward"), (Predicting(8), "own-tensors")])
+class OldNames(nn.LayerNorm):
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:  # type: ignore[override]
+        state[f"{prefix}weight"] = state.pop(f"{prefix}gamma")
+        super()._load_from_state_dict(state, prefix, *rest)
+
+
+def hooked() -> nn.Module:
+    norm = nn.LayerNorm(8)
+    norm.register_load_state_dict_pre_hook(lambda *_: None)
+    return norm
+
+
+@pytest.mark.parametrize(
+    ("norm", "code"),
+    [
+        (Called(8), "custom-forward"),
+        (Predicting(8), "own-tensors"),
+        (OldNames(8), "custom-state-dict"),
+        (hooked(), "custom-state-dict"),
+    ],
+    ids=["call", "tensors", "loading", "hook"],
+)
 def test_a_class_that_computes_more_is_left(norm: nn.Module, code: str) -> None:
     report = ilmconvert.inspect(nn.Sequential(nn.Linear(8, 8), norm), example_inputs=torch.randn(2, 8))
     assert [(d.path, d.code) for d in report.skipped] == [("1", code)]

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import inspect
 import math
+import operator
+import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +20,7 @@ from typing import Any, TypeGuard, cast
 import torch
 from torch import Tensor, fx, nn
 
-from ilmconvert.graph.mentions import has_with_block
+from ilmconvert.graph.mentions import has_guarded_block
 from ilmconvert.graph.tracer import FUNCTIONAL_NORMS, TraceError, concrete_defaults, harmless_read
 from ilmconvert.norms import Refusal
 from ilmconvert.wording import one_line
@@ -31,6 +33,7 @@ __all__ = [
     "find_calls",
     "from_attributes",
     "function_name",
+    "in_place",
     "norm_nodes",
     "owner_graphs",
 ]
@@ -92,10 +95,42 @@ class _OwnerTracer(fx.Tracer):
         return True
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        """As torch.fx does, which does not write ``with`` blocks and decorators down."""
+        """As torch.fx does, which does not write ``with`` blocks, decorators and checkpoints down."""
         if self._surroundings and _surroundings() != self._surroundings:
-            raise TraceError("a part of it runs without gradients or in an autocast of its own, which a trace forgets")
+            raise TraceError(
+                "a part of it runs without gradients, checkpointed or in an autocast of its own, which a trace forgets"
+            )
         return super().create_node(*args, **kwargs)
+
+    def create_arg(self, a: Any) -> Any:
+        """As torch.fx does, which makes a plain dict of every kind of dict."""
+        if isinstance(a, dict) and type(a) is not dict:
+            return self.create_node("call_function", type(a), (), {k: self.create_arg(v) for k, v in a.items()})
+        return super().create_arg(a)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """As torch.fx does, whose proxies take ``x += y`` for ``x = x + y``."""
+        return _Proxy(node, self)
+
+
+class _Proxy(fx.Proxy):
+    """Notes what is done in place."""
+
+
+def _noted(name: str) -> Callable[[_Proxy, Any], fx.Proxy]:
+    return lambda self, other: self.tracer.create_proxy("call_function", in_place, (name, self, other), {})
+
+
+for _operator in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"):
+    setattr(_Proxy, f"__{_operator}__", _noted(_operator))
+
+
+def in_place(name: str, value: Any, other: Any) -> Any:
+    """``value += other`` for the name ``iadd``; torch.fx would write a statement, which makes numbers change too."""
+    return getattr(operator, name)(value, other)
+
+
+_saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # since torch 2.7
 
 
 def _surroundings() -> tuple[Any, ...]:
@@ -105,6 +140,7 @@ def _surroundings() -> tuple[Any, ...]:
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         *((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices),
+        _saved_tensors_hooks and _saved_tensors_hooks(True),
     )
 
 
@@ -139,15 +175,22 @@ def owner_graphs(owner: nn.Module, *, strict: bool = False) -> dict[bool, fx.Gra
 
 def _trace(owner: nn.Module, training: bool, strict: bool) -> fx.Graph:
     owner.training = training
+    if "forward" in vars(owner):
+        raise TraceError("its forward is set on the instance, which torch.fx does not look at")
     defaults = concrete_defaults(owner)
+    if nested := [name for name, value in defaults.items() if isinstance(value, (tuple, list, dict))]:
+        raise TraceError(f"its parameter {nested[0]!r} has a container for a default, which torch.fx takes apart")
     names = list(inspect.signature(owner.forward).parameters)
     before = _held(owner)
-    if strict and has_with_block(owner):
-        raise TraceError("it has a with block, which a trace forgets")
+    if strict and has_guarded_block(owner):
+        raise TraceError("it has a with or try block, which a trace forgets")
+    drawn, noise = random.getstate(), torch.get_rng_state()
     try:
         graph = _OwnerTracer(strict).trace(owner, concrete_args=defaults)
     except Exception as error:  # forward code may raise anything when it meets a proxy
         raise TraceError(one_line(error) or type(error).__name__) from error
+    if strict and (random.getstate() != drawn or not torch.equal(torch.get_rng_state(), noise)):
+        raise TraceError("it decides by a random number, which a trace would fix")
     if strict and (changed := {name for name, _ in set(_held(owner)) ^ set(before)}):
         raise TraceError(f"it changes what its module holds ({', '.join(sorted(changed))}), which a trace forgets")
     for node, name in zip((n for n in graph.nodes if n.op == "placeholder"), names, strict=False):
@@ -310,7 +353,9 @@ def _refusal(node: fx.Node, arguments: Mapping[str, Any], owner: nn.Module, read
     return None
 
 
-WEIGHT_STANDARDIZATION = Refusal("weight-standardization", "it standardizes a convolution's weight, not an activation")
+WEIGHT_STANDARDIZATION = Refusal(
+    "weight-standardization", "it standardizes what its module holds, a convolution's weight say, not an activation"
+)
 
 
 def _flat(value: Any) -> tuple[Any, ...]:

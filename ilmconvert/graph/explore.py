@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx, nn
 
-from ilmconvert.graph.mentions import mentioned_norms, read_attributes
+from ilmconvert.graph.mentions import asked_classes, mentioned_norms, read_attributes
 from ilmconvert.graph.tracer import FUNCTIONAL_NORMS, TraceError, harmless_read, trace
 from ilmconvert.nn import ILMNorm
 from ilmconvert.norms import find
@@ -27,7 +27,8 @@ class Exploration:
         found: norm to how it was found, in the order of discovery.
         calls: norm to the number of call nodes.
         functional: (owner path, node, function name) of norms that are plain calls.
-        read: norms whose tensors the forward code around them uses, or attributes that an ILM layer has not.
+        read: norms whose tensors the forward code around them uses, or attributes that an ILM layer has not, or for
+            whose class it asks.
         untraced: module path to the reason it could not be traced.
     """
 
@@ -48,12 +49,25 @@ class Exploration:
         return self
 
     def _read_by_code(self) -> None:
-        """Add what no graph shows: reads behind a branch on values, and of attributes that an ILM layer has not."""
+        """Add what no graph shows: reads behind a branch on values, of what an ILM layer has not, and of classes."""
         for path, module in self.model.named_modules():
             for child, attribute in read_attributes(module):
                 unseen = attribute in ("weight", "bias") and path in self.untraced
                 if unseen or not hasattr(_ILM, attribute):
                     self.read |= {module._modules.get(child)} & self.norms
+                if child == "*" and not hasattr(_ILM, attribute):
+                    self.read |= {norm for norm in self._held_by(module) if hasattr(norm, attribute)}
+            if asked := tuple(cls for cls in asked_classes(module) if not isinstance(_ILM, cls)):
+                self.read |= {norm for norm in self._held_by(module) if isinstance(norm, asked)}
+
+    def _held_by(self, module: nn.Module) -> set[nn.Module]:
+        """The norms among the children of a module and in its lists."""
+        held, todo = set(), list(module.children())
+        while todo:
+            child = todo.pop()
+            held |= {child} & self.norms
+            todo += child.children() if isinstance(child, (nn.ModuleList, nn.ModuleDict, nn.Sequential)) else ()
+        return held
 
     def _explore_other_mode(self) -> None:
         """Add what only the other mode reaches; calls and reasons stay those of the model's own mode."""

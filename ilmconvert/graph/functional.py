@@ -17,7 +17,7 @@ from ilmconvert.graph.calls import (
     function_name,
 )
 from ilmconvert.graph.explore import Exploration
-from ilmconvert.graph.mentions import mentioned_norms, methods_with_norms, own_reads
+from ilmconvert.graph.mentions import mentioned_norms, methods_with_norms, own_reads, read_attributes
 from ilmconvert.graph.run import FunctionalCall, Run, Shapes
 from ilmconvert.graph.tracer import TraceError
 from ilmconvert.norms import Entry, NormSpec, Refusal, find
@@ -71,12 +71,13 @@ def functional_norms(model: nn.Module, exploration: Exploration, run: Run) -> tu
     if not run.completed:
         owners |= dict.fromkeys(_mentioning(model, exploration))
     seen: set[nn.Module] = set()
+    called = frozenset(name for m in model.modules() for _, name in read_attributes(m)) if owners else frozenset()
     result: list[FunctionalNorm] = []
     for owner in owners:
         module = model.get_submodule(owner)
         if module not in seen:
             seen.add(module)
-            result += _of_owner(owner, module, nodes.get(owner, []), ran.get(owner, {}), run, exploration)
+            result += _of_owner(owner, module, nodes.get(owner, []), ran.get(owner, {}), run, exploration, called)
     return tuple(result)
 
 
@@ -93,6 +94,7 @@ def _of_owner(
     ran: Mapping[FunctionalCall, Shapes],
     run: Run,
     exploration: Exploration,
+    called: frozenset[str],
 ) -> Iterator[FunctionalNorm]:
     how = "graph" if nodes else "run" if ran else "walk"
     try:
@@ -103,7 +105,7 @@ def _of_owner(
     for call in found.calls:
         shapes = found.share(call, [s for c, given in ran.items() if c.function == call.function for s in given])
         reads = _norm_read(owner, module, call, exploration)
-        yield _described(owner, module, call, shapes, how, run, reads)
+        yield _described(owner, module, call, shapes, how, run, reads, called)
     for other in ran:
         if not any(other.function == c.function for c in found.calls):  # inside a helper that the trace did not enter
             why = "a helper function makes the call"
@@ -125,22 +127,29 @@ def _norm_read(owner: str, module: nn.Module, call: FoundCall, exploration: Expl
 
 
 def _described(
-    owner: str, module: nn.Module, found: FoundCall, shapes: Shapes | None, how: str, run: Run, reads: str | None
+    owner: str,
+    module: nn.Module,
+    found: FoundCall,
+    shapes: Shapes | None,
+    how: str,
+    run: Run,
+    reads: str | None,
+    called: frozenset[str],
 ) -> FunctionalNorm:
     refusal = found.refusal
     if refusal is None and isinstance(module, fx.GraphModule):
         refusal = Refusal("functional", "a GraphModule makes the call: convert the model before torch.fx traces it")
-    others = [name for name, functions in methods_with_norms(module).items() if found.function in functions]
+    others = [name for name, functions in methods_with_norms(module, called).items() if found.function in functions]
     if refusal is None and others:
         refusal = Refusal(
             "functional", f"only a forward is rewritten, and the method {others[0]!r} makes such calls too"
         )
     used = {path.partition(".")[0] for path in found.call.tensors.values()}
-    readers = [name for name, read in own_reads(module).items() if read & used]
+    readers = [name for name, read in own_reads(module, called).items() if read & used]
     if refusal is None and readers:
         refusal = Refusal("parameters-read", f"its module's method {readers[0]!r} reads its parameters too")
-    if refusal is None and owner in run.unusual:
-        refusal = Refusal("functional", "its module is called with other values than the defaults of its parameters")
+    if refusal is None and owner in run.losses:
+        refusal = Refusal("functional", run.losses[owner])
     channels = shapes[0][1] if shapes and len(shapes[0]) > 1 else None
     norm = refusal or as_module(found, module, channels)
     entry = find(norm) if isinstance(norm, nn.Module) else norm

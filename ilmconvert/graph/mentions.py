@@ -1,4 +1,4 @@
-"""What a module's code mentions, read from its bytecode: norm functions, attributes of its children, ``with`` blocks.
+"""What a module's code mentions, from its bytecode: norm functions, attributes of children, classes, blocks.
 
 Neither torch.fx nor a run on fake tensors gets past a branch on values. What stands behind it is not known to run, but
 it must not be passed over either. And no graph shows the reading of a number, or the other methods of a module.
@@ -17,11 +17,19 @@ from torch import nn
 
 from ilmconvert.graph.tracer import FUNCTIONAL_NORMS
 
-__all__ = ["has_with_block", "mentioned_norms", "methods_with_norms", "own_reads", "read_attributes"]
+__all__ = [
+    "asked_classes",
+    "has_guarded_block",
+    "mentioned_norms",
+    "methods_with_norms",
+    "own_reads",
+    "read_attributes",
+]
 
 _DEPTH = 3  # helpers called by helpers
 _HARMLESS = ("dtype", "device", "shape")
-_ENTERING = ("BEFORE_WITH", "SETUP_WITH")  # as Python up to 3.13 says it; 3.14 loads a special method
+_ASKING = frozenset(("isinstance", "type", "__class__"))
+_GUARDING = ("PUSH_EXC_INFO", "SETUP_FINALLY", "SETUP_WITH")  # handling an exception: since Python 3.11, and in 3.10
 
 
 def mentioned_norms(module: nn.Module) -> frozenset[str]:
@@ -99,10 +107,34 @@ def read_attributes(module: nn.Module) -> frozenset[tuple[str, str]]:
     return _reads_of(cls)
 
 
-def own_reads(module: nn.Module) -> dict[str, frozenset[str]]:
-    """By the other public methods of a module, the attributes of its own that they read, with the methods they use.
+def asked_classes(module: nn.Module) -> frozenset[type[nn.Module]]:
+    """The classes of modules that the forward pass, with the methods it uses, names where it asks for a class.
 
-    Methods that initialize (``reset_*``, ``init*``) do not count.
+    Example:
+        >>> class Own(nn.Module):
+        ...     def forward(self, x):
+        ...         for layer in self.layers:
+        ...             x = x + layer(x) if isinstance(layer, nn.LayerNorm) else layer(x)
+        ...         return x
+        >>> asked_classes(Own())
+        frozenset({<class 'torch.nn.modules.normalization.LayerNorm'>})
+    """
+    cls: Any = type(module)
+    return _asked_by(cls)
+
+
+@cache
+def _asked_by(cls: type) -> frozenset[type[nn.Module]]:
+    reached = ((m, {name for code in _codes(m.__code__) for name in code.co_names}) for m in _reached(cls, "forward"))
+    named = (value for m, names in reached if _ASKING & names for value in _values(m.__code__, m.__globals__))
+    flat = (v for value in named for v in (value if isinstance(value, tuple) else (value,)))
+    return frozenset(v for v in flat if isinstance(v, type) and issubclass(v, nn.Module))
+
+
+def own_reads(module: nn.Module, called: frozenset[str] = frozenset()) -> dict[str, frozenset[str]]:
+    """By the other methods of a module, the attributes of its own that they read, with the methods they use.
+
+    Methods that initialize (``reset_*``, ``init*``) do not count, nor do private ones that are not among ``called``.
 
     Example:
         >>> class Own(nn.Module):
@@ -112,12 +144,14 @@ def own_reads(module: nn.Module) -> dict[str, frozenset[str]]:
         {'penalty': frozenset({'gamma'})}
     """
     cls: Any = type(module)
-    names = (name for name in _public_methods(cls) if not name.startswith(("reset", "init")))
+    names = (name for name in _methods(cls, called) if not name.startswith(("reset", "init")))
     return {name: frozenset(c[0] for m in _reached(cls, name) for c in _chains(m) if c[0] != "*") for name in names}
 
 
-def methods_with_norms(module: nn.Module) -> dict[str, frozenset[str]]:
-    """The other public methods of a module that name norm functions, themselves or by the methods they use.
+def methods_with_norms(module: nn.Module, called: frozenset[str] = frozenset()) -> dict[str, frozenset[str]]:
+    """The other methods of a module that name norm functions, themselves or by the methods they use.
+
+    Private ones count if they are among ``called``.
 
     Example:
         >>> class Own(nn.Module):
@@ -129,23 +163,22 @@ def methods_with_norms(module: nn.Module) -> dict[str, frozenset[str]]:
         {'features': frozenset({'torch.nn.functional.layer_norm'})}
     """
     cls: Any = type(module)
-    named = {name: _of_values(_reached(cls, name), _DEPTH) for name in _public_methods(cls)}
+    named = {name: _of_values(_reached(cls, name), _DEPTH) for name in _methods(cls, called)}
     return {name: functions for name, functions in named.items() if functions}
 
 
-def has_with_block(module: nn.Module) -> bool:
-    """Whether the forward pass, with the methods it uses, enters a context manager."""
+def has_guarded_block(module: nn.Module) -> bool:
+    """Whether the forward pass, with the methods it uses, has a ``with`` or ``try`` block."""
     cls: Any = type(module)
     codes = (code for method in _reached(cls, "forward") for code in _codes(method.__code__))
-    steps = (step for code in codes for step in dis.get_instructions(code))
-    return any(s.opname in _ENTERING or (s.opname == "LOAD_SPECIAL" and "enter" in s.argrepr) for s in steps)
+    return any(step.opname in _GUARDING for code in codes for step in dis.get_instructions(code))
 
 
 @cache
-def _public_methods(cls: type) -> tuple[str, ...]:
+def _methods(cls: type, called: frozenset[str]) -> tuple[str, ...]:
     own = (base for base in cls.__mro__ if not base.__module__.startswith(("torch.", "builtins")))
     names = dict.fromkeys(n for base in own for n, v in vars(base).items() if callable(v) or isinstance(v, property))
-    return tuple(name for name in names if name != "forward" and not name.startswith("_"))
+    return tuple(name for name in names if name != "forward" and (not name.startswith("_") or name in called))
 
 
 @cache

@@ -20,21 +20,34 @@ from ilmconvert.graph.calls import norm_nodes, owner_graphs
 from ilmconvert.graph.shadow import shadow
 from ilmconvert.graph.tracer import TraceError
 
-__all__ = ["redirect_", "restore_"]
+__all__ = ["redirected", "restore_", "traced_forward"]
 
 _SERIAL = count()
+_MADE: dict[tuple[type[nn.Module], str, str], tuple[Mapping[str, Any], type[nn.Module]]] = {}
 
 
-def redirect_(owner: nn.Module, children: Mapping[str, str], ranks: Mapping[str, int]) -> set[str]:
-    """Let ``owner``'s forward call modules in place of functions.
+def traced_forward(owner: nn.Module) -> Callable[..., Any]:
+    """The forward of ``owner`` in its present mode, written anew from its graph; its first argument is the module.
+
+    Raises:
+        TraceError: torch.fx cannot follow the owner, or would lose something of it.
+    """
+    code = owner_graphs(owner, strict=True)[owner.training].python_code("self")
+    return _compile(type(owner), code.src, code.globals)
+
+
+def redirected(
+    owner: nn.Module, children: Mapping[str, str], ranks: Mapping[str, int]
+) -> tuple[type[nn.Module], set[str]]:
+    """A class for ``owner`` whose forward calls modules in place of functions.
 
     Args:
-        owner: changed in place: its class.
+        owner: left as it is.
         children: name of the call to the path of the module, below ``owner``, that takes its place.
         ranks: as they were when the calls were found.
 
     Returns:
-        The paths, below ``owner``, of the tensors that its forward still uses.
+        The class, and the paths, below ``owner``, of the tensors that its forward still uses.
 
     Raises:
         TraceError: torch.fx cannot follow the owner.
@@ -51,8 +64,8 @@ def redirect_(owner: nn.Module, children: Mapping[str, str], ranks: Mapping[str,
         raise TraceError(f"its forward makes no such call: {', '.join(sorted(missing))}")
     codes = {mode: graph.python_code("self") for mode, graph in graphs.items()}
     names = {name: value for code in codes.values() for name, value in code.globals.items()}
-    owner.__class__ = _subclass(type(owner), {mode: code.src for mode, code in codes.items()}, names)
-    return {str(n.target) for graph in graphs.values() for n in graph.nodes if n.op == "get_attr"}
+    made = _subclass(type(owner), {mode: code.src for mode, code in codes.items()}, names)
+    return made, {str(n.target) for graph in graphs.values() for n in graph.nodes if n.op == "get_attr"}
 
 
 def _replace(node: fx.Node, child: str) -> None:
@@ -68,12 +81,22 @@ def _replace(node: fx.Node, child: str) -> None:
 
 
 def restore_(owner: nn.Module) -> None:
-    """Give ``owner`` the class and forward back that :func:`redirect_` found."""
+    """Give ``owner`` the class and forward back that :func:`redirected` started from."""
     if (base := vars(type(owner)).get("_ilm_original")) is not None:
         owner.__class__ = base
 
 
 def _subclass(base: type[nn.Module], sources: dict[bool, str], names: Mapping[str, Any]) -> type[nn.Module]:
+    """The class for these forwards: one for modules that are alike, so that what they share is still seen."""
+    key = base, sources[True], sources[False]
+    known, made = _MADE.get(key, (None, None))
+    if made is None or known != names:
+        made = _made(base, sources, names)
+        _MADE[key] = names, made
+    return made
+
+
+def _made(base: type[nn.Module], sources: dict[bool, str], names: Mapping[str, Any]) -> type[nn.Module]:
     forwards = {mode: _compile(base, source, names) for mode, source in sources.items()}
     body: dict[str, Any] = {
         "__module__": base.__module__,
@@ -90,7 +113,10 @@ def _subclass(base: type[nn.Module], sources: dict[bool, str], names: Mapping[st
             "_forward_eval": forwards[False],
             "forward": _dispatch(forwards[False]),
         }
-    return type(base.__name__, (base,), body)
+    kind: Any = type(base)
+    made: type[nn.Module] = kind(base.__name__, (nn.Module,), body)
+    made.__bases__ = (base,)  # not from the start: a base may want to know of its subclasses, and this is none of them
+    return made
 
 
 def _dispatch(like: Callable[..., Any]) -> Callable[..., Any]:
@@ -114,7 +140,10 @@ def _dispatch(like: Callable[..., Any]) -> Callable[..., Any]:
 def _compile(base: type, source: str, names: Mapping[str, Any]) -> Callable[..., Any]:
     scope = dict(names)
     file = f"<forward of {base.__name__}, written by ilmconvert, {next(_SERIAL)}>"
-    exec(compile(source, file, "exec"), scope)
+    try:
+        exec(compile(source, file, "exec"), scope)
+    except SyntaxError as error:  # a default that is no literal
+        raise TraceError(f"torch.fx cannot write it down: {error.text}") from error
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)  # for tracebacks
     forward: Callable[..., Any] = scope["forward"]
     return forward

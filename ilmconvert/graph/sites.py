@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, is_dataclass
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -138,7 +140,7 @@ def find_sites(model: nn.Module, inputs: Inputs | None = None) -> SiteSearch:
     calls = [_call_site(norm, names.get(norm.module, [norm.owner])) for norm in readers.pop("", ())]
     sites = [_site(module, norms[module], exploration, run, readers) for module in in_order]
     return SiteSearch(
-        sites=(*sites, *calls, *_unregistered_sites(copy)),
+        sites=(*sites, *calls, *_unregistered_sites(model)),  # tracing leaves proxies in the copy's containers
         untraced=exploration.untraced,
         run_error=run.error,
         shapes_known=inputs is not None and run.error is None,
@@ -181,7 +183,7 @@ def _site(
         paths=paths,
         norm=class_name(type(module)),
         family=entry.handler.family if entry else None,
-        spec=entry.handler.describe(module) if entry else None,
+        spec=entry.describe(module) if entry else None,
         refusal=found if isinstance(found, Refusal) else None,
         parameters=own_parameters(module),
         training=module.training,
@@ -201,7 +203,7 @@ def _reading(calls: Sequence[FunctionalNorm], read: bool) -> tuple[tuple[str, ..
         return (), Refusal("parameters-read", reason)
     if read:
         return (), Refusal(
-            "parameters-read", "the code around it reads its parameters or attributes, not its output alone"
+            "parameters-read", "the code around it reads its parameters or attributes or asks for its class"
         )
     return tuple(norm.path for norm in calls), None
 
@@ -238,7 +240,7 @@ _UNREGISTERED = Refusal(
 
 
 def _unregistered_sites(model: nn.Module) -> Iterator[Site]:
-    """Norms in plain lists, tuples and dicts: torch does not know them as submodules."""
+    """Norms in plain containers: torch does not know them as submodules."""
     registered, torchs_own = set(model.modules()), vars(nn.Module()).keys()
     for path, module in model.named_modules():
         for name, value in vars(module).items():
@@ -251,9 +253,15 @@ def _unregistered_sites(model: nn.Module) -> Iterator[Site]:
 
 def _held(place: str, value: object, depth: int) -> Iterator[tuple[str, nn.Module]]:
     """The modules in a container, and in containers in it, and theirs."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    items: Iterable[tuple[str, object]] = ()
+    if isinstance(value, dict):
+        items = ((f"[{key!r}]", item) for key, item in value.items())
+    elif isinstance(value, (list, tuple, deque, set)):
+        items = ((f"[{index}]", item) for index, item in enumerate(value))
+    elif is_dataclass(value) or isinstance(value, SimpleNamespace):
+        items = ((f".{key}", item) for key, item in getattr(value, "__dict__", {}).items())
     for key, item in items if depth else ():
-        inner = f"{place}[{key!r}]"
+        inner = f"{place}{key}"
         if isinstance(item, nn.Module):
             yield from ((f"{inner}.{name}" if name else inner, m) for name, m in item.named_modules())
         else:

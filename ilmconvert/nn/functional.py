@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -76,7 +76,7 @@ class Standardization:
             are written out as tensor arithmetic.
 
     Raises:
-        ValueError: a root mean square of what is centered.
+        ValueError: an unknown layout or divisor, or a root mean square of what is centered.
     """
 
     layout: Layout = "sample"
@@ -88,6 +88,9 @@ class Standardization:
     output: Literal["native", "input", "promoted"] = "native"
 
     def __post_init__(self) -> None:
+        for name, allowed in (("layout", get_args(Layout)), ("scale_by", ("var", "rms"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"Standardization expected {name} among {allowed}, got {getattr(self, name)!r}")
         if self.center and self.scale_by == "rms":
             raise ValueError("Standardization expected center=False with scale_by='rms', got center=True")
         if self.eps is not None:
@@ -125,6 +128,8 @@ def check_shape(x: Tensor, layout: Layout, shape: tuple[int, ...]) -> None:
     Raises:
         ValueError: it does not.
     """
+    if x.is_nested:
+        raise ValueError("ILMNorm expected a dense tensor, got a nested one: call it on its values(), or pad it")
     if not x.is_floating_point():
         raise ValueError(f"ILMNorm expected a floating-point input, got {x.dtype}")
     at = _channel_dim(x.ndim, layout, shape)

@@ -87,10 +87,17 @@ def build_ilm(module: nn.Module, handler: NormHandler, target: Target, *, like: 
 @torch.no_grad()
 def _copy_affine(module: nn.Module, layer: ILMNorm, handler: NormHandler) -> None:
     weight, bias = handler.affine(module, layer.num_groups)
+    if weight is bias is None and [*layer.parameters(recurse=False)] and [*module.parameters(recurse=False)]:
+        raise ValueError(f"expected affine() of {type(handler).__name__} to return its scale and shift, got None")
     for name, source in (("weight", weight), ("bias", bias)):
         parameter = getattr(layer, name)
         if parameter is None or source is None:
             continue
+        if source.numel() != parameter.numel():
+            raise ValueError(
+                f"expected {parameter.numel()} values of {name} from affine() of {type(handler).__name__}, got "
+                f"{source.numel()}"
+            )
         if isinstance(source, nn.Parameter) and source.shape == parameter.shape and layer.mode == "preserve":
             setattr(layer, name, source)  # the same object: what is tied to it stays tied
         else:
@@ -101,7 +108,8 @@ def _copy_affine(module: nn.Module, layer: ILMNorm, handler: NormHandler) -> Non
 
 def _copy_flags(module: nn.Module, layer: ILMNorm) -> None:
     """What was frozen stays frozen: the new parameters train if any of the norm's did, or if it had none."""
-    sources = [t for name in ("weight", "bias") if (t := getattr(module, name, None)) is not None]
+    named = (getattr(module, name, None) for name in ("weight", "bias"))  # which a parametrization may compute
+    sources = [*module.parameters(recurse=False), *(t for t in named if isinstance(t, Tensor))]
     trains = any(t.requires_grad for t in sources) if sources else True
     for name, parameter in layer.named_parameters():
         source = getattr(module, name, None)

@@ -73,6 +73,20 @@ class Entry:
     name: str
     handler: NormHandler
 
+    def describe(self, module: nn.Module) -> NormSpec:
+        """What the handler says that ``module`` computes.
+
+        Raises:
+            UsageError: it says something else.
+        """
+        spec = self.handler.describe(module)
+        if not isinstance(spec, NormSpec) or not isinstance(spec.shape, tuple):
+            raise UsageError(
+                f"expected describe() of {type(self.handler).__name__} to return a NormSpec with a tuple for its "
+                f"shape, got {spec!r:.100}"
+            )
+        return spec
+
 
 @dataclass(frozen=True)
 class Refusal:
@@ -86,6 +100,13 @@ Handler = TypeVar("Handler", bound=type[NormHandler])
 
 _TABLE: dict[str, Entry | Refusal] = {}
 _TENSORS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+_STATE_METHODS = ("_load_from_state_dict", "_save_to_state_dict", "get_extra_state", "set_extra_state")
+_STATE_HOOKS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
 _PARTS = ("drop.", "act.", "parametrizations.")  # modules of a norm that its layer takes over
 _NEVER_NORMS = ("WeightNorm", "SpectralNorm")  # parametrizations of weights, not of activations
 _WITH_MATRIX = (nn.Linear, nn.Bilinear, nn.Embedding, nn.modules.conv._ConvNd)
@@ -179,6 +200,14 @@ def _accept(module: nn.Module, cls: type, entry: Entry) -> Entry | Refusal:
     computed = [name for name in ("weight", "bias") if isinstance(vars(module).get(name), Tensor)]
     if computed or (hasattr(module, "parametrizations") and not _movable(module, entry.handler)):
         return Refusal("parametrized", "its weight or bias is computed (parametrized, pruned or weight-normalized)")
+    if any(getattr(type(module), name) is not getattr(cls, name) for name in _STATE_METHODS) or _has_state_hooks(
+        module
+    ):
+        return Refusal(
+            "custom-state-dict",
+            f"{type(module).__name__} saves or loads its state in a way of its own, by methods or hooks, which an ILM "
+            "layer would lose; register the class with ilmconvert.norms.register, or remove the hooks, to convert it",
+        )
     own = {name for name, t in (*module._parameters.items(), *module._buffers.items()) if t is not None} - _TENSORS
     own |= {name for name, _ in module.named_parameters() if "." in name and not name.startswith(_PARTS)}
     if own and (type(module) is not cls or cls.__module__.startswith("torch.")):
@@ -188,6 +217,12 @@ def _accept(module: nn.Module, cls: type, entry: Entry) -> Entry | Refusal:
             "register the class with ilmconvert.norms.register to convert it",
         )
     return entry
+
+
+def _has_state_hooks(module: nn.Module) -> bool:
+    """Of the user's: those of torch belong to parametrizations."""
+    hooks = (hook for table in _STATE_HOOKS for hook in vars(module).get(table, {}).values())
+    return any(not str(getattr(hook, "hook", hook).__module__).startswith("torch.") for hook in hooks)
 
 
 def _movable(module: nn.Module, handler: NormHandler) -> bool:
