@@ -48,6 +48,8 @@ def test_order_limit_split_and_share(folder: Path) -> None:
     train, held_out = batches.split(0.3)
     assert train.files + held_out.files == batches.files
     assert len(held_out.files) == 2
+    assert [len(part.files) for part in batches.split(0.99)] == [1, len(batches.files) - 1]
+    assert [len(part.files) for part in batches.split(0.01)] == [len(batches.files) - 1, 1]
     shares = [batches.share(rank, 3).files for rank in range(3)]
     assert sorted(sum(shares, ())) == sorted(batches.files)
     assert max(map(len, shares)) - min(map(len, shares)) == 1

@@ -18,10 +18,10 @@ from torch.utils.data import TensorDataset
 
 import ilmconvert
 from ilmconvert.errors import CheckpointError, ModelError, UsageError
-from ilmconvert.metrics import Comparison, Similarity
+from ilmconvert.metrics import Comparison, Similarity, kl_divergence
 from ilmconvert.nn import ILMNorm
 from ilmconvert.training import Evaluation
-from ilmconvert.training.losses import FeatureMatching
+from ilmconvert.training.losses import FeatureMatching, distillation
 from ilmconvert.training.records import records
 from ilmconvert.training.trainer import _schedule
 from tests.helpers import same_state
@@ -226,14 +226,71 @@ def test_a_broken_off_run_takes_the_same_course(teacher: nn.Module, student: nn.
     assert same_state(again.model, whole.model)
     a, b = ([{**e.to_dict(), "seconds": 0} for e in r.report.evaluations] for r in (again, whole))
     assert a == b
+    seconds = [e.seconds for e in again.report.evaluations]
+    assert seconds == sorted(seconds)  # the clock goes on too
     for wrong, message in (
         ({"lr": 1e-3}, "differs in lr"),
         ({"images": images(61)}, "differs in images"),
         ({"original": another(teacher)}, "differs in original"),
+        ({"converted": another(student)}, "differs in converted"),
     ):
-        x, model = wrong.pop("images", images(60)), wrong.pop("original", teacher)
+        given = {"original": teacher, "converted": student, "images": images(60)} | SHORT | wrong
         with pytest.raises(CheckpointError, match=message):
-            ilmconvert.recover(model, student, x, run_folder=tmp_path, resume=True, **SHORT | wrong)
+            ilmconvert.recover(**given, run_folder=tmp_path, resume=True)
+
+
+def test_a_run_gone_on_with_still_has_its_best_weights(teacher: nn.Module, student: nn.Module, tmp_path: Path) -> None:
+    options = {"steps": 2, "batch_size": 8, "evaluate_every": 1, "lr": 300.0, "clip": 0.0, "warmup": 0.0}
+    for resume in (False, True):
+        recovery = ilmconvert.recover(teacher, student, images(24), run_folder=tmp_path, resume=resume, **options)
+        assert [e.step for e in recovery.report.evaluations] == [0, 1, 2]
+        assert recovery.report.best.step == 0
+        assert same_state(recovery.model, student)
+
+
+@pytest.mark.parametrize(
+    ("limits", "steps"),
+    [
+        ({}, 100),
+        ({"epochs": 1}, 10),
+        ({"epochs": 0.27}, 3),
+        ({"epochs": 0.001}, 1),
+        ({"steps": 5, "epochs": 1}, 5),
+        ({"steps": 50, "epochs": 1}, 10),
+        ({"minutes": 1}, None),
+    ],
+)
+def test_the_first_limit_ends_a_run(limits: dict[str, Any], steps: int | None) -> None:
+    assert ilmconvert.RecoverOptions(batch_size=32, **limits).total_steps(320) == steps
+
+
+def test_distillation_grows_with_the_square_of_the_temperature() -> None:
+    """As Hinton has it: gradients then do not depend on it."""
+    a, b = torch.randn(4, 10), torch.randn(4, 10)
+    assert distillation(a, b, 4.0).item() == pytest.approx(16 * kl_divergence(a, b, 4.0).mean().item())
+
+
+@pytest.mark.parametrize("name", ["features", "label_smoothing"])
+def test_the_loss_is_linear_in_the_weight_of_a_term(teacher: nn.Module, student: nn.Module, name: str) -> None:
+    labels = name == "label_smoothing"
+    x = TensorDataset(images(24), torch.arange(24) % 8) if labels else images(24)
+
+    def loss(weight: float) -> float:
+        options = {"steps": 1, "batch_size": 8, "labels": labels, name: weight}
+        return ilmconvert.recover(None if labels else teacher, student, x, **options).report.evaluations[1].loss
+
+    plain = loss(0.0)
+    assert abs(loss(0.2) - plain) > 1e-3
+    assert loss(1.0) - plain == pytest.approx(5 * (loss(0.2) - plain), rel=1e-2)
+
+
+def test_gradients_are_clipped(teacher: nn.Module, student: nn.Module) -> None:
+    """To so little that even AdamW, which divides by their size, makes nothing of them."""
+    for clip, moves in ((1e-14, False), (1.0, True)):
+        options = {"steps": 1, "batch_size": 8, "lr": 1e-2, "warmup": 0.0, "clip": clip}
+        report = ilmconvert.recover(teacher, student, images(24), **options).report
+        start, last = (e.measured.kl for e in report.evaluations)
+        assert (abs(last - start) > 1e-3 * start) is moves
 
 
 def test_wrong_requests_are_refused(teacher: nn.Module, student: nn.Module, tmp_path: Path) -> None:

@@ -86,12 +86,24 @@ def test_folders_are_split_by_file_and_labelled_by_folder(folder: Path) -> None:
     assert batch.labels.tolist() == list(data.held_out.targets)
 
 
+@pytest.mark.parametrize(
+    ("count", "share", "held"), [(20, 0.25, 5), (20, 0.01, 1), (2, 0.99, 1), (3000, 0.5, 1500), (30_000, 0.1, 2048)]
+)
+def test_no_image_is_both_trained_and_measured_on(count: int, share: float, held: int) -> None:
+    images = torch.arange(count).view(count, 1, 1, 1)
+    data = open_images(images, torch.nn.Identity(), RecoverOptions(held_out=share), labels=False)
+    assert (len(data.train), len(data.held_out)) == (count - held, held)
+    numbers = [int(part[i][0]) for part in (data.train, data.held_out) for i in range(len(part))]
+    assert sorted(numbers) == list(range(count))
+
+
 def test_strength_of_augmentation(folder: Path) -> None:
     model = timm.create_model("test_resnet")
 
     def two_draws(strength: float) -> tuple[Tensor, Tensor]:
         options = RecoverOptions(batch_size=4, augment=strength, input_size=(3, 32, 32))
         data = open_images(folder, model, options, labels=False)
+        assert torch.equal(data.held_out[0], data.held_out[0])  # which are measured on, and stay as they are
         stream = training_stream(data.train, options, 0, 0, 1)
         return next(stream).images.sort(0).values, next(stream).images.sort(0).values
 
