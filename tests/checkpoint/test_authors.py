@@ -55,6 +55,19 @@ def test_loads_strictly_with_prefix(resnet: nn.Module, tmp_path: Path, wrapped: 
     assert len(state) == 2 * 20 + 5 * 20 + 22  # B terms, predictor tensors, convolutions and classifier
 
 
+def test_a_batch_norm_that_is_left_needs_no_counter(tmp_path: Path) -> None:
+    """Files of their PyTorch 1.0 have none."""
+    model = nn.Sequential(nn.Conv2d(3, 16, 1), nn.GroupNorm(2, 16), nn.BatchNorm2d(16))
+    model = ilmconvert.convert(model, mode="paper", exclude="2").model
+    state = authors_format(model)
+    del state["module.2.num_batches_tracked"]
+    torch.save(state, tmp_path / "checkpoint.pth")
+    expected = model[2].weight.detach().clone()
+    nn.init.normal_(model[2].weight)
+    load_authors(tmp_path / "checkpoint.pth", model)
+    assert torch.equal(model[2].weight, expected)
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [

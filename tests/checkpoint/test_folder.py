@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 import subprocess
 import sys
 from collections import OrderedDict
@@ -16,6 +18,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import ilmconvert
+from ilmconvert.checkpoint import save
 from ilmconvert.checkpoint.folder import write_beside
 from ilmconvert.errors import CheckpointError, OutputExistsError, PlanError
 from ilmconvert.nn import ILMNorm
@@ -75,6 +78,7 @@ def test_config_is_timms_own(tmp_path: Path) -> None:
     card = (folder / "README.md").read_text()
     assert "# test_resnet, converted to ILM-Norm" in card
     assert str(ilmconvert.convert(model).report) in card
+    assert "library_name: timm\n" in card
 
 
 def test_head_reset_after_conversion_is_saved(tmp_path: Path) -> None:
@@ -116,6 +120,7 @@ def test_python_of_the_model_card_loads_the_folder(tmp_path: Path, factory: str 
     model = randomize_norms(small_cnn())
     conversion = ilmconvert.convert(model)
     folder = conversion.save(tmp_path / "saved", factory=factory)
+    assert "library_name" not in (folder / "README.md").read_text()
     code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
     names = {"the_rebuilt_original": small_cnn()}
     exec(code.replace("this folder", str(folder)), names)
@@ -165,6 +170,8 @@ def test_nothing_is_overwritten_without_force(tmp_path: Path) -> None:
         conversion.save(folder)
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
     assert conversion.save(folder, force=True) == folder
+    (tmp_path / "empty").mkdir()
+    assert ilmconvert.load(conversion.save(tmp_path / "empty", force=True), model=small_cnn())
     other = tmp_path / "precious"
     other.mkdir()
     (other / "thesis.txt").write_text("mine")
@@ -203,15 +210,42 @@ def test_a_failed_write_leaves_nothing_and_spoils_nothing(tmp_path: Path, force:
     assert sorted(p.name for p in tmp_path.rglob("*")) == before
 
 
+def test_a_failed_rename_leaves_the_folder_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = ilmconvert.convert(small_cnn()).save(tmp_path / "saved")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*.*")}
+    replace = Path.replace
+
+    def full(self: Path, target: Path) -> Path:
+        if (self / "new").exists():
+            raise OSError("disk full")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="disk full"), write_beside(folder, force=True) as beside:
+        (beside / "new").touch()
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*.*")} == before
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_what_is_saved_may_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
+    mask = os.umask(0o022)
+    try:
+        folder = ilmconvert.convert(small_cnn()).save(tmp_path / "saved")
+    finally:
+        os.umask(mask)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o755
+    assert {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == {0o644}
+
+
 def truncate(folder: Path) -> None:
     data = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
 
 
-def drop_key(folder: Path) -> None:
-    state = load_file(folder / "model.safetensors")
-    state.pop("0.weight")
-    save_file(state, folder / "model.safetensors")
+def drop_key(folder: Path, file: str = "model.safetensors", key: str = "0.weight") -> None:
+    state = load_file(folder / file)
+    state.pop(key)
+    save_file(state, folder / file)
 
 
 def edit(folder: Path, **values: object) -> None:
@@ -233,6 +267,7 @@ def edit(folder: Path, **values: object) -> None:
         (lambda f: edit(f, model_args=[]), r"expected 'model_args' in .* to be an object, got \[\]"),
         (lambda f: (f / "config.json").unlink(), "expected a folder saved by ilmconvert"),
         (lambda f: (f / "original_norms.safetensors").write_bytes(b"no"), "the original norms in .* cannot be read"),
+        (lambda f: drop_key(f, "original_norms.safetensors", "4.bias"), "original_norms.* missing: 4.bias"),
     ],
 )
 def test_damaged_folders_are_refused(tmp_path: Path, damage: object, message: str) -> None:
@@ -328,7 +363,15 @@ def test_a_factorys_model_with_another_head_is_saved_with_a_warning(tmp_path: Pa
         ilmconvert.load(changed, trust_factory=True)
 
 
-def test_a_factory_has_a_module_and_a_name(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="expected package.module:factory, got 'factory'"):
-        ilmconvert.convert(small_cnn()).save(tmp_path / "saved", factory="factory")
-    assert not (tmp_path / "saved").exists()
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"factory": "factory"}, "expected package.module:factory, got 'factory'"),
+        ({"factory": "a:b", "model_args": {"x": object()}}, "expected model_args of JSON types, but: Object of"),
+        ({"records": {"../x": b""}}, "expected records among calibration.json, .*, got ../x"),
+    ],
+)
+def test_wrong_requests_write_nothing(tmp_path: Path, options: dict, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        save(ilmconvert.convert(small_cnn()), tmp_path / "saved", **options)
+    assert list(tmp_path.iterdir()) == []
