@@ -6,6 +6,7 @@ import copy
 import io
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -124,6 +125,26 @@ def test_saved_copied_and_pickled(tmp_path: object) -> None:
 
 def use_layer_norm(module: nn.Module, x: Tensor) -> Tensor:
     return F.layer_norm(x, (C,), module.gamma, module.beta)
+
+
+class Recovers(nn.Module):
+    """Goes on after an error in a child."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.child, self.gamma = nn.Linear(2 * C, C), nn.Parameter(torch.rand(C))
+
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            x = self.child(x)
+        except RuntimeError:
+            x = 2 * x
+        return F.layer_norm(x, (C,), self.gamma)
+
+
+def test_call_after_an_error_is_still_the_owners() -> None:
+    (decision,) = ilmconvert.inspect(Recovers(), example_inputs=torch.randn(TOKENS)).plan.decisions
+    assert (decision.path, decision.site.input_shapes) == ("layer_norm_gamma", (TOKENS,))
 
 
 class Several(nn.Module):
@@ -290,6 +311,17 @@ class BehindBranch(nn.Module):
         return helped(x, self.gamma) if x.sum() < 1e9 else x
 
 
+class StoredBehindBranch(nn.Module):
+    """The function it calls there is an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = partial(F.rms_norm, normalized_shape=(C,))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x) if x.sum() < 1e9 else x
+
+
 def helped(x: Tensor, gamma: Tensor) -> Tensor:
     return F.rms_norm(x, (C,), gamma)
 
@@ -304,8 +336,9 @@ def test_call_in_a_child_behind_a_branch_is_converted() -> None:
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["root", "child"])
-def test_call_that_nothing_can_follow_is_reported(inside: bool) -> None:
-    model = Branch(BehindBranch()) if inside else BehindBranch()
+@pytest.mark.parametrize("make", [BehindBranch, StoredBehindBranch])
+def test_call_that_nothing_can_follow_is_reported(make: type[nn.Module], inside: bool) -> None:
+    model = Branch(make()) if inside else make()
     (decision,) = ilmconvert.inspect(model, example_inputs=torch.randn(TOKENS)).skipped
     assert decision.path == ("inner:" if inside else "") + "torch.nn.functional.rms_norm"
     assert decision.code == "functional"

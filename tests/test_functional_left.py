@@ -30,6 +30,23 @@ def test_calls_of_one_function_on_inputs_of_different_ranks_are_refused() -> Non
     assert all("or differs between such calls" in reason for reason in reasons)
 
 
+def test_running_statistics_of_instances_are_refused() -> None:
+    class Running(Child):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(C))
+            self.register_buffer("var", torch.ones(C))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.instance_norm(x, self.mean, self.var, self.w, self.b)
+
+    (decision,) = ilmconvert.inspect(Running(), example_inputs=torch.randn(2, C, 5)).plan.decisions
+    assert (decision.code, decision.reason) == (
+        "functional",
+        "it keeps running statistics of instances; use nn.InstanceNorm",
+    )
+
+
 def test_calls_in_a_graph_module_are_left_since_its_code_comes_from_its_graph() -> None:
     module = nn.Sequential(Child(), nn.LayerNorm(C), nn.Dropout()).eval()
     traced = torch.fx.symbolic_trace(module).eval()
@@ -214,6 +231,12 @@ class Penalized(Child):
         return self.w.square().sum()
 
 
+class PenalizedByProperty(Child):
+    @property
+    def penalty(self) -> Tensor:
+        return self.w.square().sum()
+
+
 class PenalizedInside(Child):
     def penalty(self) -> Tensor:
         return sum(self.w[i] ** 2 for i in range(C))  # type: ignore[return-value]
@@ -224,7 +247,10 @@ class Initialized(Child):
         nn.init.ones_(self.w)
 
 
-@pytest.mark.parametrize(("model", "stays"), [(Penalized(), True), (PenalizedInside(), True), (Initialized(), False)])
+@pytest.mark.parametrize(
+    ("model", "stays"),
+    [(Penalized(), True), (PenalizedByProperty(), True), (PenalizedInside(), True), (Initialized(), False)],
+)
 def test_a_norm_whose_parameters_another_method_reads_stays(model: nn.Module, stays: bool) -> None:
     conversion = ilmconvert.convert(nn.Sequential(model), example_inputs=torch.randn(3, C))
     assert [d.code for d in conversion.report.skipped] == ["parameters-read"] * stays

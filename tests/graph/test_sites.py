@@ -115,9 +115,10 @@ def test_the_callers_model_is_never_changed(make: type[nn.Module]) -> None:
         assert [s.found for s in search.sites] == ["inside norm"]
 
 
-def test_lazy_norm_is_a_clear_error() -> None:
-    with pytest.raises(ModelError, match=r"'1\.weight' \(a lazy module\).*run one forward pass"):
-        find_sites(nn.Sequential(nn.Conv2d(3, 8, 1), nn.LazyBatchNorm2d()))
+@pytest.mark.parametrize(("affine", "name"), [(True, "weight"), (False, "running_mean")])
+def test_lazy_norm_is_a_clear_error(affine: bool, name: str) -> None:
+    with pytest.raises(ModelError, match=rf"'1\.{name}' \(a lazy module\).*run one forward pass"):
+        find_sites(nn.Sequential(nn.Conv2d(3, 8, 1), nn.LazyBatchNorm2d(affine=affine)))
 
 
 def test_model_that_cannot_be_copied_is_a_clear_error() -> None:
