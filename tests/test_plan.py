@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import OrderedDict
 
 import pytest
 import timm
@@ -17,7 +18,7 @@ from ilmconvert import ConvertOptions, Plan
 from ilmconvert.errors import PlanError, UsageError
 from ilmconvert.nn.grouping import bottleneck
 from ilmconvert.norms.build import Target
-from tests.models import Functional, small_cnn
+from tests.models import AuxiliaryHead, Functional, TiedNorm, small_cnn
 
 IMAGE = torch.randn(2, 3, 8, 8)
 
@@ -57,9 +58,30 @@ def test_groups_and_what_is_said_of_them(
     assert note is None or note in grouping[0]
 
 
+def test_groups_follow_the_smallest_input_that_a_norm_sees() -> None:
+    class Pyramid(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(self.norm(x).mean((2, 3), keepdim=True))
+
+    decision = decide(Pyramid().eval(), (2, 8, 4, 4), bn_to="instance")
+    assert decision.site.input_shapes == ((2, 8, 4, 4), (2, 8, 1, 1))
+    assert decision.target.num_groups == 4
+
+
+def test_what_does_not_run_is_noted() -> None:
+    report = ilmconvert.inspect(AuxiliaryHead().eval(), example_inputs=torch.randn(2, 3, 8, 8))
+    assert report.to_dict()["adjusted"] == {"aux": ["it does not run in the model's current mode"]}
+
+
 def test_key_groups_and_their_adjustment() -> None:
     target = decide(nn.LayerNorm(192), (2, 192)).target
     assert (target.num_key_groups, target.hidden_features) == (12, 2)
+    for reduction, width in ((4, 8), (16, 2), (1, 32)):
+        assert decide(nn.LayerNorm(512), (2, 512), reduction=reduction).target.hidden_features == width
     decision = decide(nn.LayerNorm(100), (2, 100))
     assert decision.target.num_key_groups == 5
     assert decision.notes == ("key groups of 20 channels instead of 16",)
@@ -99,6 +121,13 @@ def test_filters(fields: dict, converted: list[str] | str) -> None:
     assert {d.code for d in report.skipped} <= {"not-included", "excluded"}
 
 
+def test_patterns_know_every_name_of_a_norm_and_upper_from_lower_case() -> None:
+    for name in ("norm1", "block.1"):
+        assert [d.code for d in ilmconvert.inspect(TiedNorm(), exclude=name).skipped] == ["excluded"]
+    model = nn.Sequential(OrderedDict(Norm=nn.LayerNorm(8), norm=nn.LayerNorm(8)))
+    assert [d.path for d in ilmconvert.inspect(model, include="Norm").converted] == ["Norm"]
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -108,6 +137,7 @@ def test_filters(fields: dict, converted: list[str] | str) -> None:
         ({"num_groups": 8}, "num_groups and group_size choose the groups for bn_to='group'"),
         ({"bn_to": "group", "num_groups": 8, "group_size": 8}, "expected num_groups or group_size, got both"),
         ({"key_group_size": 0}, "expected key_group_size to be a positive integer, got 0"),
+        ({"reduction": True}, "expected reduction to be a positive integer, got True"),
         ({"bn_too": "layer"}, "expected options among .*; got bn_too"),
         ({"options": ConvertOptions(), "gains": True}, "expected options or keyword fields, got both"),
         ({"exclude": ["1", 2]}, r"expected exclude to be a string or several, got \['1', 2\]"),
@@ -216,6 +246,13 @@ def test_edited_plan_is_carried_out() -> None:
 def test_plan_of_another_model_is_refused(other: nn.Module, message: str) -> None:
     with pytest.raises(PlanError, match=message):
         ilmconvert.apply_plan(other, ilmconvert.inspect(small_cnn()).plan)
+
+
+def test_plan_of_a_tied_norm_is_refused_where_it_is_not_tied() -> None:
+    untied = TiedNorm()
+    untied.block[1] = nn.BatchNorm2d(32)
+    with pytest.raises(PlanError, match=r"expected one module shared by norm1, block.1; they are not tied here"):
+        ilmconvert.apply_plan(untied, ilmconvert.inspect(TiedNorm()).plan)
 
 
 def test_plan_with_groups_that_do_not_divide_is_refused() -> None:
