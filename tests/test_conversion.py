@@ -63,6 +63,7 @@ def test_modes_requires_grad_and_dtypes_survive() -> None:
     model = small_cnn().train()
     model[1].eval().requires_grad_(False)
     model[4].double()
+    model[4].bias.requires_grad_(False)
     converted = ilmconvert.convert(model).model
     assert [m.training for m in (converted, converted[1], converted[1].predictor, converted[4])] == [
         True,
@@ -71,7 +72,7 @@ def test_modes_requires_grad_and_dtypes_survive() -> None:
         True,
     ]
     assert not any(p.requires_grad for p in converted[1].parameters())
-    assert all(p.requires_grad for p in converted[4].parameters())
+    assert [name for name, p in converted[4].named_parameters() if not p.requires_grad] == ["bias"]
     assert {p.dtype for p in converted[4].parameters()} == {torch.float64}
 
 
@@ -183,6 +184,8 @@ def test_tied_parameters_stay_tied() -> None:
     reverted = conversion.revert()
     assert reverted[0].weight is reverted[2].weight
     assert same_state(model, reverted)
+    paper = ilmconvert.convert(model, mode="paper").model  # which starts its scale elsewhere, once for each layer
+    assert all(torch.equal(paper[i].weight, model[i].weight + 0.5) for i in (0, 2))
 
 
 def test_model_whose_deepcopy_copies_nothing_is_refused() -> None:
@@ -200,9 +203,11 @@ def test_model_whose_deepcopy_copies_nothing_is_refused() -> None:
     assert isinstance(model[0].norm, nn.LayerNorm)
 
 
-def test_transformer_encoder_layer_does_not_go_around_its_norms() -> None:
+@pytest.mark.parametrize(("activation", "kernel"), [("relu", 1), ("gelu", 2)])
+def test_transformer_encoder_layer_does_not_go_around_its_norms(activation: str, kernel: int) -> None:
     """torch's fused inference kernel reads the norms' weights: off for ILM layers, and on again after revert."""
-    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
+    layer = nn.TransformerEncoderLayer(16, 2, 32, activation=activation, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
     conversion = ilmconvert.convert(model, example_inputs=torch.randn(2, 5, 16))
     for parameter in conversion.model.layers[0].norm1.predictor.parameters():
         nn.init.normal_(parameter)
@@ -210,18 +215,19 @@ def test_transformer_encoder_layer_does_not_go_around_its_norms() -> None:
     with torch.no_grad():
         inference = conversion.model(x)
     assert relative(conversion.model(x.requires_grad_()), inference) < 1e-5
-    assert [layer.activation_relu_or_gelu for layer in conversion.revert().layers] == [1, 1]
+    assert [layer.activation_relu_or_gelu for layer in conversion.revert().layers] == [kernel, kernel]
 
 
 def test_users_hooks_do_not_see_fake_tensors() -> None:
     seen = []
     model = small_cnn()
     model[1].register_forward_hook(lambda module, args, output: seen.append(output))
+    model[1].register_forward_pre_hook(lambda module, args: seen.append(args))
     converted = ilmconvert.convert(model, example_inputs=IMAGE)
     assert seen == []
     converted.model[1].register_forward_hook(lambda *_: seen.append("new"))
     converted.revert()(IMAGE)
-    assert len(seen) == 1
+    assert len(seen) == 2
     assert "new" not in seen
 
 
@@ -244,8 +250,9 @@ def test_torchscript_is_a_clear_error() -> None:
         ilmconvert.convert(scripted)
 
 
-def test_idle_norms_are_told() -> None:
-    report = ilmconvert.convert(AuxiliaryHead().eval(), example_inputs=IMAGE).report
+@pytest.mark.parametrize("given", [IMAGE, None], ids=["run", "traced alone"])
+def test_idle_norms_are_told(given: torch.Tensor | None) -> None:
+    report = ilmconvert.convert(AuxiliaryHead().eval(), example_inputs=given).report
     assert "1 norm did not run in the model's current mode: aux" in str(report)
 
 

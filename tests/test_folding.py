@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from timm.utils import reparameterize_model
+from torch import nn
 
 import ilmconvert
 from ilmconvert.errors import ModelError
@@ -35,6 +36,15 @@ def test_converted_model_still_pickles() -> None:
     converted = ilmconvert.convert(timm.create_model("repvit_m0_9")).model
     with pytest.raises(ModelError, match=r"RepVit\.fuse"):
         pickle.loads(pickle.dumps(converted)).fuse()
+
+
+@pytest.mark.parametrize("method", ["fuse", "fuse_model", "reparameterize", "switch_to_deploy"])
+def test_folding_goes_by_the_methods_name(method: str) -> None:
+    folds = type("Folds", (nn.Sequential,), {method: lambda self: "folded", "__module__": "timm.models.some"})
+    conversion = ilmconvert.convert(folds(nn.BatchNorm1d(4)))
+    with pytest.raises(ModelError, match=rf"expected Batch Norm to fold in Folds\.{method}\(\)"):
+        getattr(conversion.model, method)()
+    assert getattr(conversion.revert(), method)() == "folded"
 
 
 FOLDING = [  # one model for each file of timm that has such a method

@@ -56,6 +56,13 @@ def test_revert_follows_a_change_of_dtype() -> None:
     assert conversion.revert()(torch.randn(2, 4, dtype=torch.float64)).dtype == torch.float64
 
 
+def test_revert_follows_a_change_of_mode() -> None:
+    for mode in (True, False):
+        conversion = ilmconvert.convert(small_cnn().train(not mode))
+        conversion.model.train(mode)
+        assert {module.training for module in conversion.revert().modules()} == {mode}
+
+
 def mixed(norm: nn.Module) -> nn.Module:
     """Parameters and weights in bfloat16, the rest as it was."""
     for parameter in norm.parameters(recurse=False):

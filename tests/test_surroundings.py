@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import deque
+from collections import deque, namedtuple
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,15 +20,17 @@ from ilmconvert.errors import ModelError
 from ilmconvert.nn import ILMNorm
 from tests.helpers import relative
 
+Named = namedtuple("Named", "norm name")
+
 
 class Held(nn.Module):
-    """Norms that are registered, and called through a list, a tuple in a dict, a partial and a bound method."""
+    """Norms that are registered, and called through a list, tuples in a dict, a partial and a bound method."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second = nn.GroupNorm(1, 4), nn.GroupNorm(2, 4)
         self.third, self.fourth = nn.GroupNorm(4, 4), nn.GroupNorm(1, 4)
-        self.norms, self.table = [self.first], {"late": (self.second,)}
+        self.norms, self.table = [self.first], {"late": (self.second,), "named": Named(self.first, "a")}
         self.partial, self.method = partial(self.third), self.fourth.forward
 
     def forward(self, x: Tensor) -> Tensor:
@@ -119,6 +121,7 @@ def test_a_norm_held_in_plain_containers_too_is_replaced_there() -> None:
     converted = conversion.model
     assert converted.norms[0] is converted.first
     assert converted.table["late"][0] is converted.second
+    assert converted.table["named"].norm is converted.first
     assert converted.partial.func is converted.third
     assert converted.method.__self__ is converted.fourth
     assert sum(isinstance(m, ILMNorm) for m in converted.children()) == 4

@@ -231,6 +231,10 @@ def test_errors_say_what_was_expected(make_it: object, message: str) -> None:
         make_it()
 
 
+def test_groups_by_default_are_the_nearest_to_32_with_several_channels_each() -> None:
+    assert [ILMNorm(channels).num_groups for channels in (64, 128, 32, 40)] == [32, 32, 16, 20]
+
+
 def test_prints_on_one_line() -> None:
     layer = ILMNorm((8, 2), 1, standardization=token(eps=1e-6), mode="paper", gains=True, bias=False)
     assert repr(layer) == (

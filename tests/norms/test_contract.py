@@ -191,6 +191,21 @@ def test_everything_else_is_carried_over(index: int) -> None:
         assert layer.train().drop.training
 
 
+@pytest.mark.parametrize("drops", [True, False])
+def test_a_fused_activation_comes_after_the_dropout_and_both_keep_their_modes(drops: bool) -> None:
+    norm = tl.GroupNormAct(8, 2, act_layer=nn.Sigmoid, drop_layer=partial(nn.Dropout, 0.5)).train()
+    norm.drop.train(drops)
+    layer = build_ilm(norm, find(norm).handler, Target(2, 1, 2))
+    assert (layer.training, layer.drop.training) == (True, drops)
+    x = torch.randn(2, 8, 4, 4)
+    outputs = []
+    for module in (norm, layer):
+        torch.manual_seed(1)
+        outputs.append(module(x))
+    assert relative(*outputs) < 1e-5
+    assert bool((outputs[0] == 0.5).any()) is drops
+
+
 @every
 @pytest.mark.parametrize("trains", [True, False])
 def test_frozen_stays_frozen(index: int, trains: bool) -> None:
