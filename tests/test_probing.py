@@ -54,6 +54,25 @@ def test_branch_on_the_norms_class_is_found() -> None:
     assert not found["layers move the output"]
 
 
+def test_code_that_training_alone_runs_is_found() -> None:
+    class Regularized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = ILMNorm(16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(x) + (self.norm.weight.sum() if self.training else 0)
+
+    model = Regularized()
+    assert checks(copy.deepcopy(model), model, X)["nothing goes around the layers"] is False
+
+
+def test_a_parameter_that_another_module_has_too_is_no_detour() -> None:
+    model = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 16))
+    model[1].bias = model[0].weight
+    assert checks(model, ilmconvert.convert(model).model, X)["nothing goes around the layers"]
+
+
 def test_closure_over_the_norm_is_found() -> None:
     class Closure(nn.Module):
         def __init__(self) -> None:

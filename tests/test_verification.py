@@ -59,12 +59,28 @@ def test_detects_damage() -> None:
         return converted
 
     assert checks(model, damaged(lambda m: nn.init.ones_(m[1].bias)), x)["outputs"].passed is False
+    assert checks(model, damaged(lambda m: m[1].bias.data.add_(1e-3)), x)["outputs"].passed is False
+    assert ilmconvert.verify(model, copy.deepcopy(model), x, tolerance=0.0).passed
     assert (
         checks(model, damaged(lambda m: nn.init.constant_(m[1].bias, float("nan"))), x)["training, as given"].passed
         is False
     )
     assert checks(model, damaged(lambda m: m[1].eval()), x)["training flags"].passed is False
     assert checks(model, damaged(lambda m: m.append(nn.Linear(4, 2))), x)["output shapes"].passed is False
+
+
+def test_one_sample_is_cut_of_what_is_as_long_as_the_batch() -> None:
+    class Lookup(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.head = nn.LayerNorm(8), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor, table: Tensor) -> Tensor:
+            return self.head(self.norm(x) @ table.T)
+
+    model, inputs = Lookup(), (torch.randn(4, 8), torch.randn(6, 8))
+    found = checks(model, ilmconvert.convert(model, example_inputs=inputs).model, inputs)
+    assert found["training, one sample"].passed is True
 
 
 def test_leaves_both_models_alone() -> None:
