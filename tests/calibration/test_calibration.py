@@ -15,6 +15,7 @@ from ilmconvert.errors import ModelError, UsageError
 from ilmconvert.nn import ILMNorm
 from tests.calibration.test_lockstep import Untraceable
 from tests.helpers import same_state
+from tests.models import AuxiliaryHead
 
 
 def trained(model: nn.Module, x: Tensor) -> nn.Module:
@@ -194,6 +195,8 @@ def test_one_clear_error() -> None:
     converted = ilmconvert.convert(original).model
     with pytest.raises(UsageError, match="expected batches to calibrate with, got none"):
         ilmconvert.calibrate(original, converted, [])
+    with pytest.raises(UsageError, match="expected memory of at least 0 bytes, got -1"):
+        ilmconvert.calibrate(original, converted, [x], memory=-1)
     with pytest.raises(UsageError, match="layers that replaced other norms are exact already"):
         ilmconvert.calibrate(original, copy.deepcopy(original), [x])
 
@@ -204,6 +207,24 @@ def test_one_clear_error() -> None:
     model = trained(Random(), images().abs())
     with pytest.raises(ModelError, match="Give batches that take one way through the model"):
         ilmconvert.calibrate(model, ilmconvert.convert(model, example_inputs=x).model, [x.abs(), -x.abs()])
+
+
+def test_batches_take_the_models_dtype_and_idle_layers_are_told() -> None:
+    model = AuxiliaryHead().double().eval()
+    report = ilmconvert.calibrate(model, ilmconvert.convert(model).model, [images()]).report
+    assert [site.path for site in report.sites] == ["body.1"]
+    assert report.not_fitted == {"aux": "it does not run in evaluation mode"}
+
+
+def test_a_hook_before_a_norm_acts_once() -> None:
+    x = images()
+    hooked = trained(network(2), x)
+    doubled = copy.deepcopy(hooked)
+    hooked[1].register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    for parameter in doubled[0].parameters():
+        parameter.data.mul_(2)
+    reports = [ilmconvert.calibrate(m, ilmconvert.convert(m, gains=False).model, [x]).report for m in (hooked, doubled)]
+    assert reports[0].after.kl == pytest.approx(reports[1].after.kl, rel=1e-3)
 
 
 def test_report_is_plain_data() -> None:
@@ -282,9 +303,12 @@ def test_a_layer_without_shift_is_fitted_for_what_it_has() -> None:
     assert fit.explained_after == pytest.approx(explained.item(), abs=1e-4)
 
 
-def test_an_original_without_numbers_is_refused() -> None:
+def test_models_without_numbers_are_refused() -> None:
     model = network(2).eval()
     converted = ilmconvert.convert(model).model
+    converted[0].bias.data[0] = float("inf")
+    with pytest.raises(ModelError, match="expected finite activations"):
+        ilmconvert.calibrate(model, converted, [images()])
     model[0].weight.data[0, 0, 0, 0] = float("nan")
     with pytest.raises(ModelError, match=r"it holds NaN or infinity in 0.weight"):
         ilmconvert.calibrate(model, converted, [images()])
