@@ -152,6 +152,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], Rows]] 
         lambda: Relu(torch.tanh),
         [(":relu", None, "removed"), (None, ":tanh", "inserted")],
     ),
+    "dtype": (lambda: nn.Linear(4, 4), lambda: nn.Linear(4, 4).half(), [("", "", "changed")]),
     "one leaf": (lambda: nn.LayerNorm(4), lambda: nn.LayerNorm(8), [("", "", "changed")]),
 }  # fmt: skip
 
