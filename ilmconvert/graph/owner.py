@@ -16,7 +16,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from ilmconvert.graph.calls import norm_nodes, owner_graphs
+from ilmconvert.graph.calls import norm_nodes
+from ilmconvert.graph.forward import owner_graphs
 from ilmconvert.graph.shadow import shadow
 from ilmconvert.graph.tracer import TraceError
 

@@ -51,6 +51,7 @@ __all__ = [
 ]
 
 Layout = Literal["sample", "position", "token"]
+_LAYOUTS = get_args(Layout)
 
 
 def autocast_enabled(x: Tensor) -> bool:
@@ -88,9 +89,11 @@ class Standardization:
     output: Literal["native", "input", "promoted"] = "native"
 
     def __post_init__(self) -> None:
-        for name, allowed in (("layout", get_args(Layout)), ("scale_by", ("var", "rms"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"Standardization expected {name} among {allowed}, got {getattr(self, name)!r}")
+        if self.layout not in _LAYOUTS or self.scale_by not in ("var", "rms"):
+            raise ValueError(
+                f"Standardization expected layout among {_LAYOUTS} and scale_by 'var' or 'rms', got {self.layout!r} "
+                f"and {self.scale_by!r}"
+            )
         if self.center and self.scale_by == "rms":
             raise ValueError("Standardization expected center=False with scale_by='rms', got center=True")
         if self.eps is not None:
@@ -311,7 +314,8 @@ def _rescaling(x: Tensor, parameters: Parameters, config: Config) -> tuple[Tenso
     rows = (mean.shape[0] * mean.shape[1], keys)
     spread = var if parameters.key_center is None else (var + eps).sqrt()
     features = key_features(spread.reshape(rows), mean.reshape(rows), parameters.key_center, parameters.key_scale)
-    d_scale, d_shift = predict(features, parameters[2:5])
+    meta = parameters.encoder, parameters.scale_decoder, parameters.shift_decoder
+    d_scale, d_shift = predict(features, meta)
     scale = per_channel(d_scale, parameters.scale_gain)
     shift = per_channel(d_shift, parameters.shift_gain)
     scale = scale + (1.0 if parameters.weight is None else per_element(parameters.weight))

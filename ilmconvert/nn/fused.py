@@ -27,8 +27,9 @@ def fused_ilm_norm(x: Tensor, parameters: Parameters, config: Config) -> Tensor 
         return None
     if how.layout == "sample":
         return image_ilm_norm(x, parameters, config)
+    extensions = parameters.scale_gain, parameters.shift_gain, parameters.key_center, parameters.key_scale
     blocks = parameters.encoder.shape[1] != config.num_key_groups
-    if len(shape) > 1 or how.unbiased or blocks or parameters[5:] != (None,) * 4:
+    if len(shape) > 1 or how.unbiased or blocks or any(t is not None for t in extensions):
         return None
     if how.layout == "token":
         return token_ilm_norm(x, parameters, config)
@@ -41,5 +42,6 @@ def transformed(x: Tensor) -> bool:
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
         return True
     if torch.compiler.is_compiling():
-        return not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting()
+        exporting = getattr(torch.compiler, "is_exporting", bool)  # since torch 2.7
+        return not torch.compiler.is_dynamo_compiling() or exporting()
     return torch.jit.is_tracing() or type(x) not in (Tensor, torch.nn.Parameter)  # type: ignore[attr-defined, no-untyped-call]

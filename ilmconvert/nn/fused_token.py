@@ -23,7 +23,7 @@ from torch import Tensor
 from ilmconvert.nn.branches import Branches
 from ilmconvert.nn.functional import Config, Parameters, key_features
 from ilmconvert.nn.gradients import differentiable, split_saved
-from ilmconvert.nn.kernels import moments
+from ilmconvert.nn.kernels import moments, row_sums
 
 __all__ = ["token_ilm_norm"]
 
@@ -78,15 +78,10 @@ class _Token(torch.autograd.Function):
 
 
 def _key_sums(g: Tensor, x: Tensor, mean: Tensor, factor: Tensor, keys: int) -> tuple[Tensor, Tensor]:
-    """``factor sum(g (x - mean))`` and ``sum(g)`` of each key group of each token: two ``(M, K)``, in one pass.
-
-    They are what Group Norm's backward returns for scale and shift, a key group being a channel and a token a group.
-    """
+    """``factor sum(g (x - mean))`` and ``sum(g)`` of each key group of each token: two ``(M, K)``."""
     m, channels = x.shape
     rows = (1, m * keys, channels // keys)
-    _, products, sums = torch.ops.aten.native_group_norm_backward(
-        g.view(rows), x.view(rows), mean.view(1, m), factor.view(1, m), None, *rows, m, [False, True, True]
-    )
+    products, sums = row_sums(g.view(rows), x.view(rows), mean.view(1, m), factor.view(1, m))
     return products.view(m, keys), sums.view(m, keys)
 
 

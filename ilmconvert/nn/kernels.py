@@ -25,6 +25,7 @@ __all__ = [
     "group_norm_backward",
     "moments",
     "per_channel",
+    "row_sums",
     "small",
     "standardizers",
 ]
@@ -133,12 +134,21 @@ def _group_sums(x: Tensor, dim: int, groups: int) -> tuple[Tensor, Tensor]:
     else:
         pieces = groups if x.numel() < _LONG * groups * n else x.shape[1]
         rows = x.view(1, n * pieces, -1)
-        none, one = x.new_zeros(1, 1), x.new_ones(1, 1)
-        _, power, total = _norm_backward(rows, rows, none, one, None, *rows.shape, 1, [False, True, True])
-        sums = power, total
+        sums = row_sums(rows, rows, x.new_zeros(1, 1), x.new_ones(1, 1))
     if pieces == groups:
         return sums[0].view(n, groups), sums[1].view(n, groups)
     return sums[0].view(n, groups, -1).sum(2), sums[1].view(n, groups, -1).sum(2)
+
+
+def row_sums(g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """``rstd sum(g (x - mean))`` and ``sum(g)`` of each row of ``(1, R, S)``, in one pass.
+
+    They are what Group Norm's backward returns for scale and shift, a row being a channel; ``mean`` and ``rstd`` are
+    ``(1, groups)``, of groups of rows.
+    """
+    unused = x.new_empty(x.shape[1])  # the scale, which older versions of torch want to see
+    _, products, sums = _norm_backward(g, x, mean, rstd, unused, *x.shape, mean.shape[1], [False, True, True])
+    return products, sums
 
 
 def _column_sums(g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -218,9 +228,7 @@ def channel_sums(g: Tensor, x: Tensor, dim: int, mean: Tensor, rstd: Tensor, far
         mean = torch.zeros_like(mean)
     if dim == 2 and _by_kernels(x, dim):
         rows = (1, n * channels, x.shape[2])
-        _, products, sums = _norm_backward(
-            g.view(rows), x.view(rows), mean.view(1, -1), rstd.view(1, -1), None, *rows, n * groups, [False, True, True]
-        )
+        products, sums = row_sums(g.view(rows), x.view(rows), mean.view(1, -1), rstd.view(1, -1))
         return products.view(n, channels), sums.view(n, channels)
     products, sums = _column_sums(g, x) if dim == 1 and _by_kernels(x, dim) else ((g * x).sum(dim), g.sum(dim))
     if not centered:
