@@ -151,10 +151,15 @@ def image_files(folder: str | Path) -> list[Path]:
 
 
 def read_image(file: Path) -> Any:
-    """A file as an RGB image of PIL.
+    """A file as an RGB image of PIL; 16 bits a value are scaled to 8, which PIL alone would clip to white.
 
     Raises:
         OSError: unreadable, truncated, or no image; or another of ``UNREADABLE``.
+        ValueError: 32 bits a value, whose range is not known.
     """
     with Image.open(file) as image:
+        if image.mode in ("I", "F"):
+            raise ValueError(f"expected 8 or 16 bits a value, got 32, whose range is not known (PIL mode {image.mode})")
+        if image.mode.startswith("I;16"):
+            return image.convert("I").point(lambda value: value / 257 + 0.5).convert("RGB")
         return image.convert("RGB")

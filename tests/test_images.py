@@ -57,6 +57,25 @@ def test_order_limit_split_and_share(folder: Path) -> None:
     assert one.shape == (1, 3, 64, 64)
 
 
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_16_bits_are_scaled_to_8(suffix: str, order: str, tmp_path: Path) -> None:
+    values = np.array([[0, 100, 8000, 40000, 65535]], f"{order}u2")
+    Image.fromarray(values).save(tmp_path / f"deep.{suffix}")
+    read = np.asarray(read_image(tmp_path / f"deep.{suffix}"))
+    assert read.tolist() == [[[gray] * 3 for gray in (0, 0, 31, 156, 255)]]
+
+
+def test_values_without_a_known_range_are_left_out(folder: Path) -> None:
+    for name, kind in (("integers.png", np.int32), ("floats.png", np.float32)):
+        Image.fromarray(np.full((40, 40), 8000, kind)).save(folder / name, "TIFF")
+    batches = image_batches(folder, timm.create_model("test_resnet"))
+    assert sum(map(len, batches)) == 5
+    told = "expected 8 or 16 bits a value, got 32, whose range is not known (PIL mode {})"
+    assert batches.broken[folder / "integers.png"] == told.format("I")
+    assert batches.broken[folder / "floats.png"] == told.format("F")
+
+
 def test_a_huge_image_is_left_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     huge = folder / "huge.png"
     Image.new("L", (400, 300)).save(huge)
