@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import resource
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -37,3 +39,14 @@ def relative(a: Tensor, b: Tensor) -> float:
 def all_finite(tensors: Iterable[Tensor | None]) -> bool:
     """Whether all given tensors are finite."""
     return all(bool(torch.isfinite(t).all()) for t in tensors if t is not None)
+
+
+@contextmanager
+def full_disk(most: int) -> Iterator[None]:
+    """A disk that refuses files of more bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -17,6 +17,7 @@ FLOORS = {
     "errors": 0,
     "wording": 0,
     "collector": 0.5,
+    "disk": 0.5,
     "quiet": 0.5,
     "jsonable": 0.5,
     "processes": 0.5,

@@ -124,14 +124,21 @@ def _run_folder(output: Path, *, resume: bool, force: bool) -> Path:
             f"expected {str(run)!r} for the state of the run, but there is something else: "
             f"{', '.join(foreign[:5]) or 'a file'}. Choose another folder to save in"
         )
-    if resume and not run.exists():
+    if resume and not _begun(run):
         raise UsageError(f"expected a run to go on with in {str(run)!r}, found none; leave out --resume to begin one")
-    if run.exists() and not (resume or force):
+    if _begun(run) and not (resume or force):
         raise OutputExistsError(
             f"expected no run that was broken off, but {str(run)!r} exists; go on with --resume, or give --force to "
             "begin anew"
         )
     return run
+
+
+def _begun(run: Path) -> bool:
+    """Whether there is something to go on with: the disk may have refused the first checkpoint."""
+    from ilmconvert.training.state import CHECKPOINT
+
+    return (run / CHECKPOINT).is_file()
 
 
 @contextmanager
@@ -145,7 +152,7 @@ def _alone(run: Path, *, main: bool) -> Iterator[None]:
         try:
             yield
         except KeyboardInterrupt:
-            if main and run.exists():
+            if main and _begun(run):
                 click.echo(f"The run is kept in {run}; it goes on with --resume.", err=True)
             raise
 

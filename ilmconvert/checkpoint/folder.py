@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from ilmconvert.checkpoint.card import model_card
 from ilmconvert.checkpoint.weights import check_keys
 from ilmconvert.conversion import Conversion, size_of
+from ilmconvert.disk import writing
 from ilmconvert.errors import CheckpointError, IlmconvertError, NotFoundError, OutputExistsError, PlanError
 from ilmconvert.plan import Plan
 from ilmconvert.report import Report
@@ -216,27 +217,25 @@ def write_beside(path: str | Path, *, force: bool) -> Iterator[Path]:
         IlmconvertError: the place cannot be written to.
     """
     target = check_target(path, force=force)
-    try:
+    with writing(target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise IlmconvertError(f"cannot write in {str(target.parent)!r}: {error.strerror}") from error
-    aside = beside.with_name(f"{beside.name}.old")
-    try:
-        yield beside
-        beside.chmod(0o777 & ~_umask())
-        for file in beside.iterdir():
-            file.chmod(0o666 & ~_umask())
-        if target.exists():
-            target.replace(aside)
-        beside.replace(target)
-    except BaseException:
-        if aside.exists() and not target.exists():
-            aside.replace(target)
-        raise
-    finally:
-        for leftover in (beside, aside):
-            shutil.rmtree(leftover, ignore_errors=True)
+        aside = beside.with_name(f"{beside.name}.old")
+        try:
+            yield beside
+            beside.chmod(0o777 & ~_umask())
+            for file in beside.iterdir():
+                file.chmod(0o666 & ~_umask())
+            if target.exists():
+                target.replace(aside)
+            beside.replace(target)
+        except BaseException:
+            if aside.exists() and not target.exists():
+                aside.replace(target)
+            raise
+        finally:
+            for leftover in (beside, aside):
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _umask() -> int:

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from ilmconvert.disk import writing
 from ilmconvert.errors import CheckpointError
 from ilmconvert.wording import one_line
 
@@ -66,7 +67,11 @@ def write_state(
     *,
     main: bool,
 ) -> None:
-    """Write the state; every process calls it, the main one writes."""
+    """Write the state; every process calls it, the main one writes.
+
+    Raises:
+        IlmconvertError: the disk refuses.
+    """
     state: Any = {}
     if optimizer.state:  # asked for sooner, torch makes one by a step of its own, which counts
         state = get_optimizer_state_dict(model, optimizer, options=_FULL)["state"]
@@ -76,11 +81,12 @@ def write_state(
         tensors |= {f"optimizer:{name}:{key}": torch.as_tensor(value) for key, value in values.items()}
     if not main:
         return
-    folder.mkdir(parents=True, exist_ok=True)
     beside = folder / _NEW
     apart = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    save_file(apart, str(beside), metadata={"progress": json.dumps(progress)})
-    beside.replace(folder / CHECKPOINT)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(apart, str(beside), metadata={"progress": json.dumps(progress)})
+        beside.replace(folder / CHECKPOINT)
 
 
 def is_run_file(name: str) -> bool:

@@ -20,9 +20,9 @@ from torch.nn.utils.parametrizations import weight_norm
 import ilmconvert
 from ilmconvert.checkpoint import save
 from ilmconvert.checkpoint.folder import write_beside
-from ilmconvert.errors import CheckpointError, OutputExistsError, PlanError
+from ilmconvert.errors import CheckpointError, IlmconvertError, OutputExistsError, PlanError
 from ilmconvert.nn import ILMNorm
-from tests.helpers import randomize_norms, same_state
+from tests.helpers import full_disk, randomize_norms, same_state
 from tests.models import Branching, TiedNorm, small_cnn
 
 SCRIPT = """
@@ -235,6 +235,16 @@ def test_what_is_saved_may_be_read_by_whom_the_umask_lets(tmp_path: Path) -> Non
         os.umask(mask)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o755
     assert {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == {0o644}
+
+
+@pytest.mark.parametrize("most", [300, 1000], ids=["weights", "plan"])
+def test_a_full_disk_is_one_clear_error(tmp_path: Path, most: int) -> None:
+    conversion = ilmconvert.convert(nn.Sequential(nn.LayerNorm(4)))
+    with pytest.raises(IlmconvertError) as raised, full_disk(most):
+        conversion.save(tmp_path / "saved")
+    assert str(raised.value).startswith(f"cannot write in {str(tmp_path)!r}: ")
+    assert "File too large" in str(raised.value)
+    assert list(tmp_path.iterdir()) == []
 
 
 def truncate(folder: Path) -> None:

@@ -15,7 +15,7 @@ from ilmconvert_cli.main import main
 from PIL import Image
 
 import ilmconvert
-from tests.helpers import same_state
+from tests.helpers import full_disk, same_state
 
 Output = pytest.CaptureFixture[str]
 QUICK = ["--input-size", "3,32,32", "--batch-size", "4", "--lr", "1e-3"]
@@ -159,6 +159,22 @@ def test_a_foreign_folder_in_the_place_of_the_run_is_left_alone(capsys: Output) 
         assert main([*arguments, *more]) == 2
         assert "there is something else: thesis.txt" in capsys.readouterr().err
     assert Path("out.run/thesis.txt").read_text() == "years of work"
+
+
+def test_a_run_that_the_disk_refused_is_none(capsys: Output) -> None:
+    convert()
+    capsys.readouterr()
+    arguments = ["recover", "ilm", "--images", "images", "-o", "out", "--steps", "1", *QUICK]
+    with full_disk(100_000):
+        assert main(arguments) == 1
+    told = capsys.readouterr().err
+    assert told.startswith(f"Error: cannot write in {str(Path('out.run').absolute())!r}: ")
+    assert told.endswith("File too large (os error 27)\n")
+    assert list(Path("out.run").iterdir()) == []
+    assert main([*arguments, "--resume"]) == 2
+    assert "found none; leave out --resume to begin one" in capsys.readouterr().err
+    assert main(arguments) == 0
+    assert not Path("out.run").exists()
 
 
 def test_a_held_out_share_that_cannot_be_read_is_named(capsys: Output) -> None:
