@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from ilmconvert_cli.opening import open_teacher
 from ilmconvert_cli.options import (
+    given,
     held_out_once,
     input_size_option,
     json_option,
@@ -85,6 +86,8 @@ def recover(
     from ilmconvert.training.records import need_matplotlib
 
     held_out_once(context)
+    if labels and (unused := given(context, "teacher", "teacher_checkpoint")):
+        raise UsageError(f"expected --labels or {unused[0]}, got both: with labels there is no teacher")
     check_target(output, force=force)  # before any work is done
     need_matplotlib()
     run = _run_folder(output, resume=resume, force=force)

@@ -83,6 +83,8 @@ def recover(
         raise UsageError("expected the original to learn from, got None; give it, or labels=True")
     if wanted.features and labels:
         raise UsageError("expected features=0 with labels, since features are compared with the original's")
+    if wanted.temperature != 1 and labels:
+        raise UsageError("expected temperature=1 with labels, since it is of logits compared with the original's")
     if wanted.label_smoothing and not labels:
         raise UsageError("expected labels=True with label_smoothing, which is of the cross-entropy with them")
     if resume and run_folder is None:

@@ -87,6 +87,21 @@ def test_labels_with_a_new_head(capsys: Output) -> None:
     assert ilmconvert.load("out").num_classes == 3
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--teacher", "ilm"], "expected --labels or --teacher, got both"),
+        (["--teacher-checkpoint", "weights.pth"], "expected --labels or --teacher-checkpoint, got both"),
+        (["--temperature", "2"], "expected temperature=1 with labels"),
+    ],
+)
+def test_labels_leave_nothing_for_a_teacher(option: list[str], message: str, capsys: Output) -> None:
+    convert()
+    assert main(["recover", "ilm", "--images", "images", "--labels", "-o", "out", *QUICK, *option]) == 2
+    assert message in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(capsys: Output) -> None:
     convert()
     arguments = ["recover", "ilm", "--images", "images", "--steps", "12", "--evaluate-every", "3", *QUICK]
