@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -37,21 +40,44 @@ for command in (inspect, convert, calibrate, recover, verify, diff, survey):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 for a wrong request, 1 for any other failure."""
+    """Run the command line; returns the exit code: 0, 2 for a wrong request, 143 for SIGTERM, 1 for other failures."""
     warnings.showwarning = _warn  # type: ignore[assignment]
     if sys.stdout is None:  # closed by the caller
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
     try:
-        result = cli.main(args=None if argv is None else list(argv), prog_name="ilmconvert", standalone_mode=False)
+        with _terminable():
+            result = cli.main(args=None if argv is None else list(argv), prog_name="ilmconvert", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except click.ClickException as error:
         error.show()
         return error.exit_code
-    except click.exceptions.Abort:
+    except click.exceptions.Abort as error:
         click.echo("Aborted.", err=True)
-        return 1
+        return 128 + signal.SIGTERM if isinstance(error.__cause__, _Terminated) else 1
     except Exception as error:  # the boundary: one clear line instead of a traceback
         return _failed(error)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: ``timeout``, ``docker stop`` and SLURM end a process so. It is to tidy up as it does after Ctrl-C."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Have SIGTERM raise, unless the caller made something else of it."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _terminate(*_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # SLURM tells torchrun too, which tells its processes again
+    raise _Terminated
 
 
 def _warn(message: Warning | str, *_: object) -> None:

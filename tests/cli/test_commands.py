@@ -6,6 +6,7 @@ import json
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -289,6 +290,26 @@ def test_a_closed_standard_output_is_no_failure() -> None:
     command = [sys.executable, "-m", "ilmconvert", "inspect", "test_resnet"]
     result = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command], capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
+
+
+SLOW_DISK = """
+import sys, time
+import ilmconvert.checkpoint.folder
+from ilmconvert_cli.main import main
+ilmconvert.checkpoint.folder._write_weights = lambda *_: time.sleep(60)
+sys.exit(main(["convert", "test_resnet", "-o", "out"]))
+"""
+
+
+def test_sigterm_leaves_nothing_behind(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", SLOW_DISK], stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.iterdir()):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.terminate()
+    _, told = process.communicate()
+    assert (process.returncode, told) == (143, "\nAborted.\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_inputs_that_do_not_fit_are_told_once(capfd: pytest.CaptureFixture[str]) -> None:
