@@ -77,4 +77,4 @@ def calibrate(
         click.echo(to_json({"output": str(target), **calibrated.to_dict()}))
         return
     print_calibration(calibrated.report, calibrated.broken)
-    print_saved(target, options["input_size"])
+    print_saved(target, calibrated.conversion.model, options["input_size"])

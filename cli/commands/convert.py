@@ -134,4 +134,4 @@ def _print_result(
     print_summary(conversion.report)
     if calibrated:
         print_calibration(calibrated.report, calibrated.broken)
-    print_saved(output, input_size)
+    print_saved(output, conversion.model, input_size)

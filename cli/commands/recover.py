@@ -203,4 +203,4 @@ def _print_result(recovery: Recovery, output: Path, input_size: tuple[int, ...] 
         click.echo(to_json({"output": str(output), **recovery.report.to_dict()}))
         return
     print_recovery(recovery.report)
-    print_saved(output, input_size)
+    print_saved(output, recovery.model, input_size)

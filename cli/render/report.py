@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ilmconvert_cli.opening import sample_inputs
 from ilmconvert_cli.render.console import stdout
 from rich.markup import escape
 from rich.table import Table
@@ -16,8 +17,11 @@ from ilmconvert.report import describe_target
 from ilmconvert.wording import plural
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from ilmconvert.plan import Decision
     from ilmconvert.report import Report
+    from ilmconvert.sources import Source
 
 __all__ = ["print_saved", "print_sites", "print_summary"]
 
@@ -71,11 +75,20 @@ def print_summary(report: Report, *, would: bool = False) -> None:
         out.print(f"[bold yellow]warning:[/] {escape(warning)}", soft_wrap=not out.is_terminal)
 
 
-def print_saved(folder: Path, input_size: tuple[int, ...] | None = None) -> None:
+def print_saved(folder: Path, model: nn.Module, input_size: tuple[int, ...] | None = None) -> None:
     """Where the result is and what to do with it."""
     out, source = stdout(), saved_source(folder)
-    options = " --trust-factory" if source is not None and source.kind == "factory" else ""
-    options += f" --input-size {','.join(map(str, input_size))}" if input_size else ""
+    use = f"use it:   model = {load_call(str(folder), source)}"
+    if source is None:
+        lines = [use, "check it: ilmconvert.verify(the_rebuilt_original.eval(), model)"]
+    else:
+        lines = [f"check it: ilmconvert verify {shlex.quote(str(folder))}{_options(source, model, input_size)}", use]
     out.print(f"\nsaved to {folder}", markup=False)
-    out.print(f"  check it: ilmconvert verify {shlex.quote(str(folder))}{options}", markup=False, soft_wrap=True)
-    out.print(f"  use it:   model = {load_call(str(folder), source)}", markup=False, soft_wrap=True)
+    for line in lines:
+        out.print(f"  {line}", markup=False, soft_wrap=True)
+
+
+def _options(source: Source, model: nn.Module, input_size: tuple[int, ...] | None) -> str:
+    """What ``verify`` has to be told; a size to fill in where neither the model nor the user names one."""
+    size = ",".join(map(str, input_size)) if input_size else "" if sample_inputs(model, None) else "C,H,W"
+    return (" --trust-factory" if source.kind == "factory" else "") + (f" --input-size {size}" if size else "")

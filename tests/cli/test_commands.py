@@ -329,3 +329,17 @@ def test_the_next_step_that_is_printed_works(capsys: Output, tmp_path: Path) -> 
     command = hint.partition("ilmconvert ")[2].split()
     assert command == ["verify", "saved", "--trust-factory", "--input-size", "3,16,16"]
     assert main(command) == 0
+
+
+@pytest.mark.filterwarnings("ignore:test_resnet does not rebuild")
+def test_no_next_step_is_printed_that_cannot_work(capsys: Output) -> None:
+    assert main(["convert", "tests.models:small_cnn", "-o", "sizeless"]) == 0
+    check = capsys.readouterr().out.splitlines()[-2]
+    assert check == "  check it: ilmconvert verify sizeless --trust-factory --input-size C,H,W"
+    assert main(shlex.split(check.replace("C,H,W", "3,16,16"))[3:]) == 0
+    capsys.readouterr()
+    assert main(["convert", "test_resnet", "--model-arg", "features_only=true", "-o", "features"]) == 0
+    use, check = capsys.readouterr().out.splitlines()[-2:]
+    names = {"ilmconvert": ilmconvert, "the_rebuilt_original": timm.create_model("test_resnet", features_only=True)}
+    exec(use.removeprefix("  use it:   "), names)
+    assert eval(check.removeprefix("  check it: "), names).passed
