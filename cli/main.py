@@ -9,6 +9,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 
 import click
@@ -44,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.showwarning = _warn  # type: ignore[assignment]
     if sys.stdout is None:  # closed by the caller
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a name that it cannot spell is no reason to fail
+            stream.reconfigure(errors="backslashreplace")
     try:
         with _terminable():
             result = cli.main(args=None if argv is None else list(argv), prog_name="ilmconvert", standalone_mode=False)

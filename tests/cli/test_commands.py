@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -310,6 +311,15 @@ def test_sigterm_leaves_nothing_behind(tmp_path: Path) -> None:
     _, told = process.communicate()
     assert (process.returncode, told) == (143, "\nAborted.\n")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_path_that_the_terminal_cannot_spell_is_no_failure(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ilmconvert", "convert", "test_resnet", "-o", "ünä"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "saved to \\xfcn\\xe4\n" in result.stdout
+    assert ilmconvert.load("ünä").num_classes == 1000
 
 
 def test_inputs_that_do_not_fit_are_told_once(capfd: pytest.CaptureFixture[str]) -> None:
