@@ -99,11 +99,16 @@ def _failed(error: Exception) -> int:
         click.echo(f"Error: {error}", err=True)
         return error.exit_code
     code: int = getattr(error, "exit_code", 1)
-    if isinstance(error, OSError):
-        click.echo(f"Error: {error}", err=True)
+    if isinstance(error, OSError) or _is_memory(error):
+        click.echo(f"Error: {error if isinstance(error, OSError) else brief(error)}", err=True)
         return code
     click.echo(f"Error: unexpected {brief(error, 1000)}\nThis is a defect; ILMCONVERT_DEBUG=1 shows where.", err=True)
     return code
+
+
+def _is_memory(error: Exception) -> bool:
+    """Whether memory was too small; on CPUs torch says so in words alone."""
+    return isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "out of memory" in str(error)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ilmconvert.errors import UsageError
+from ilmconvert.wording import one_line
 
 if TYPE_CHECKING:
     from torch import nn
@@ -144,4 +145,9 @@ def sample_inputs(model: nn.Module, input_size: tuple[int, ...] | None) -> Any:
     """Random inputs of the size asked for, or of the size the model declares."""
     from ilmconvert.graph import example_inputs
 
-    return example_inputs(model, input_size=input_size)
+    try:
+        return example_inputs(model, input_size=input_size)
+    except (RuntimeError, TypeError) as error:
+        raise UsageError(
+            f"expected an input size that memory holds, got {input_size}: {one_line(error, 120)}"
+        ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ import click
 from click.core import ParameterSource
 
 from ilmconvert.errors import UsageError
+from ilmconvert.jsonable import parse_json
 
 __all__ = [
     "Number",
@@ -74,7 +74,7 @@ class KeyValue(click.ParamType):  # type: ignore[type-arg]
         if not equals or not key.isidentifier():
             self.fail(f"expected KEY=VALUE such as num_classes=10, got {value!r}", param, ctx)
         try:
-            return key, json.loads(text)
+            return key, parse_json(text)
         except ValueError:
             return key, text
 
@@ -200,7 +200,7 @@ calibration_options = _all(
     click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Images run together."),
     click.option(
         "--memory",
-        type=NumberInRange(0),
+        type=NumberInRange(0, 1_000_000),
         default=2.0,
         show_default=True,
         help="GiB of activations to hold; what exceeds it waits on disk.",

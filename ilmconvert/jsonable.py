@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from ilmconvert.errors import PlanError
 
-__all__ = ["from_data", "to_json"]
+__all__ = ["from_data", "parse_json", "to_json"]
 
 T = TypeVar("T")
 
@@ -40,6 +40,18 @@ def from_data(cls: type[T], data: Any, where: str) -> T:
         return cls(**values)
     except (TypeError, ValueError) as error:
         raise PlanError(f"expected {where} to be complete and valid: {error}") from error
+
+
+def parse_json(text: str) -> Any:
+    """Plain data from JSON text.
+
+    Raises:
+        ValueError: it is none, or nested deeper than Python can follow.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def to_json(data: Any, indent: int | None = 1) -> str:

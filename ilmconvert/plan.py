@@ -12,7 +12,7 @@ from typing import Literal
 
 from ilmconvert.errors import PlanError, UsageError
 from ilmconvert.graph.sites import Site, SiteSearch
-from ilmconvert.jsonable import from_data
+from ilmconvert.jsonable import from_data, parse_json
 from ilmconvert.nn.grouping import KEY_GROUP_SIZE, REDUCTION, bottleneck, key_groups, nearest_groups
 from ilmconvert.norms import NormSpec, Refusal
 from ilmconvert.norms.build import Target
@@ -126,7 +126,7 @@ class Plan:
             PlanError: not JSON, not a plan, an unknown field or value, or a version this release does not read.
         """
         try:
-            data = json.loads(text)
+            data = parse_json(text)
         except ValueError as error:
             raise PlanError(f"expected a plan in JSON, got text that does not parse: {error}") from error
         version = data.get("version") if isinstance(data, dict) else None

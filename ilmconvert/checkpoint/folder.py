@@ -34,6 +34,7 @@ from ilmconvert.checkpoint.weights import check_keys
 from ilmconvert.conversion import Conversion, size_of
 from ilmconvert.disk import writing
 from ilmconvert.errors import CheckpointError, IlmconvertError, NotFoundError, OutputExistsError, PlanError
+from ilmconvert.jsonable import parse_json
 from ilmconvert.plan import Plan
 from ilmconvert.report import Report
 from ilmconvert.rewrite import rewrite
@@ -350,7 +351,7 @@ def _read_plan(folder: Path) -> Plan:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data = parse_json(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"expected JSON in {str(file)!r}, but: {error}") from error
     if not isinstance(data, dict):

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ilmconvert.errors import CheckpointError, NotFoundError
-from ilmconvert.wording import brief, some
+from ilmconvert.wording import brief, one_line, some
 
 __all__ = ["check_keys", "load_weights", "read_state_dict"]
 
@@ -66,7 +66,12 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         raise CheckpointError(
             f"{error}. Build the model as the saved one was (--model-arg num_classes=N, say)"
         ) from None
-    model.load_state_dict(state)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"expected dense tensors with values in {str(path)!r}, but they do not load: {one_line(error, 600)}"
+        ) from error
 
 
 def check_keys(wanted: dict[str, Tensor], given: dict[str, Tensor], where: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ilmconvert.errors import CheckpointError, PlanError
-from ilmconvert.jsonable import from_data, to_json
+from ilmconvert.jsonable import from_data, parse_json, to_json
 
 __all__ = ["Log", "Record", "Session", "Tensors", "append", "read_log"]
 
@@ -132,7 +131,7 @@ def read_log(file: str | Path) -> Log:
 
 def _parse(line: str, where: str, *, last: bool) -> Record | Session | None:
     try:
-        data = json.loads(line)
+        data = parse_json(line)
     except ValueError as error:
         if last:  # a complete line ends in a line feed: this one was being written when the survey was ended
             return None

@@ -78,10 +78,11 @@ class RecoverOptions(Options):
             _check(name, getattr(self, name), "at least 1", lambda v: isinstance(v, int) and v >= 1)
         for name in ("epochs", "minutes", "temperature"):
             _check(name, getattr(self, name), "more than 0", lambda v: v > 0)
-        for name in ("lr", "meta_lr_scale", "weight_decay", "clip", "features", "workers", "seed"):
+        for name in ("lr", "meta_lr_scale", "weight_decay", "clip", "features", "workers"):
             _check(name, getattr(self, name), "at least 0", lambda v: v >= 0)
         for name in ("warmup", "label_smoothing", "augment"):
             _check(name, getattr(self, name), "between 0 and 1", lambda v: 0 <= v <= 1)
+        _check("seed", self.seed, "at least 0 and below 2^32", lambda v: 0 <= v < 2**32)  # torch's seeds have 64 bits
         _check("held_out", self.held_out, "between 0 and 1, both excluded", lambda v: 0 < v < 1)
         _check(
             "precision", self.precision, f"one of {', '.join(get_args(Precision))}", get_args(Precision).__contains__

@@ -270,6 +270,8 @@ def edit(folder: Path, **values: object) -> None:
         (truncate, "the weights in .* do not load"),
         (drop_key, "do not load: .*0.weight"),
         (lambda f: (f / "plan.json").write_text("{"), "the plan in .* cannot be read"),
+        (lambda f: (f / "plan.json").write_text("[" * 100_000), "the plan in .* nested too deeply"),
+        (lambda f: (f / "config.json").write_text("[" * 100_000), "expected JSON in .* nested too deeply"),
         (lambda f: (f / "config.json").write_text("[]"), "expected a JSON object"),
         (lambda f: (f / "config.json").write_text('{"ilmconvert": []}'), "expected format_version 1"),
         (lambda f: (f / "config.json").write_text('{"ilmconvert": {"format_version": 99}}'), "from a newer release"),

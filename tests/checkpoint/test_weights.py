@@ -67,6 +67,20 @@ def test_unreadable_and_unfit_files(content: object, message: str, tmp_path: Pat
         load_weights(timm.create_model("test_resnet"), file)
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(lambda t: t.to("meta"), "Cannot copy out of meta tensor"), (torch.Tensor.to_sparse, "between dense and sparse")],
+    ids=["meta", "sparse"],
+)
+def test_tensors_that_cannot_be_copied_are_told(change: object, message: str, tmp_path: Path) -> None:
+    model = timm.create_model("test_resnet")
+    state = model.state_dict()
+    torch.save({**state, "fc.weight": change(state["fc.weight"])}, tmp_path / "weights.pth")
+    with pytest.raises(CheckpointError, match=f"expected dense tensors with values in .*fc.weight.*{message}"):
+        load_weights(model, tmp_path / "weights.pth")
+
+
 @pytest.mark.parametrize(
     ("wrap", "message"),
     [

@@ -97,6 +97,7 @@ def test_converts_and_calibrates_at_once(place: Path, capsys: pytest.CaptureFixt
         (["calibrate", "ilm", "--images", "images", "-o", "out", "--held-out", "1"], 2, "--held-out"),
         (["calibrate", "ilm", "--images", "images", "-o", "out", "--held-out", "nan"], 2, "expected a finite number"),
         (["calibrate", "ilm", "--images", "images", "-o", "out", "--memory", "nan"], 2, "expected a finite number"),
+        (["calibrate", "ilm", "--images", "images", "-o", "out", "--memory", "1e308"], 2, "0<=x<=1000000"),
         (["calibrate", "ilm", "--images", "images", "-o", "out", "--input-size", "1,32,32"], 2, "(3, H, W) for images"),
         (
             ["calibrate", "ilm", "--images", "images", "-o", "out", "--held-out", "0.2", "--held-out-images", "images"],

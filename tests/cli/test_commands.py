@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 import ilmconvert
 from ilmconvert.nn import ILMNorm
+from ilmconvert.wording import brief
 from tests.helpers import randomize_norms, same_state
 
 Output = pytest.CaptureFixture[str]
@@ -185,6 +186,8 @@ def test_verify_fails_on_a_damaged_model(capsys: Output) -> None:
             2,
             "for VisionTransformer, got (1, 160, 160)",
         ),
+        (["inspect", "test_vit", "--input-size", "3,99999999,99999999"], 2, "that memory holds, got (3, 99999999, 999"),
+        (["inspect", "test_vit", "--input-size", f"3,{10**30},1"], 2, "expected an input size that memory holds"),
         (["verify", "nowhere"], 2, "expected a folder saved by ilmconvert"),
         (["frobnicate"], 2, "No such command"),
     ],
@@ -236,6 +239,16 @@ def test_a_defect_is_told_in_one_line(capsys: Output, monkeypatch: pytest.Monkey
     monkeypatch.setattr(ilmconvert, "inspect", lambda *_, **__: 1 / 0)
     assert main(["inspect", "test_vit"]) == 1
     assert "unexpected ZeroDivisionError: division by zero" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_too_little_memory_is_no_defect(error: Exception, capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(ilmconvert, "inspect", fail)
+    assert main(["inspect", "test_vit"]) == 1
+    assert capsys.readouterr().err == f"Error: {brief(error)}\n"
 
 
 def test_python_dash_m() -> None:

@@ -298,6 +298,7 @@ def test_wrong_requests_are_refused(teacher: nn.Module, student: nn.Module, tmp_
     for arguments, options, message in (
         ((None, student, x), {}, "expected the original"),
         ((teacher, student, x), {"steps": 0}, "expected steps to be at least 1"),
+        ((teacher, student, x), {"seed": 2**32}, r"expected seed to be at least 0 and below 2\^32, got 4294967296"),
         ((teacher, student, x), {"stepps": 3}, "expected options among"),
         ((teacher, student, x), {"labels": True}, "pairs"),
         ((teacher, student, x), {"labels": True, "features": 1.0}, "expected features=0"),
