@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from ilmconvert.errors import CheckpointError, NotFoundError
@@ -32,13 +33,29 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     try:
         state: Any = load_state_dict(str(file), weights_only=True)
     except Exception as error:
+        if file.suffix != ".safetensors" and _is_safetensors(file):
+            told = f"expected a torch file at {str(file)!r}, found safetensors; rename it to end in .safetensors"
+            raise CheckpointError(told) from error
         raise CheckpointError(
             f"expected a safetensors file (.safetensors) or a torch file of plain tensors at {str(file)!r}, but "
-            f"it is none or damaged: {brief(error)}"
+            f"it is none or damaged: {_cause(error)}"
         ) from error
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise CheckpointError(f"expected tensors by name in {str(file)!r}, got {_told(state)}")
     return state
+
+
+def _is_safetensors(file: Path) -> bool:
+    try:
+        with safe_open(file, "pt"):
+            return True
+    except Exception:
+        return False
+
+
+def _cause(error: Exception) -> str:
+    """What an error says, without the advice to execute what the file holds (weights_only=False): no option here."""
+    return ". ".join(part for part in brief(error, 1000).split(". ") if "weights_only=False" not in part)[:300]
 
 
 def _told(state: Any) -> str:

@@ -42,10 +42,20 @@ def test_formats(kind: str, tmp_path: Path) -> None:
 
 def test_no_pickle_is_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("evil.pth").write_bytes(pickle.dumps({"a": Evil()}))
-    with pytest.raises(CheckpointError, match="a torch file of plain tensors"):
+    Path("evil.pth").write_bytes(pickle.dumps({"a": Evil()}, protocol=2))
+    with pytest.raises(CheckpointError, match="a torch file of plain tensors") as raised:
         load_weights(timm.create_model("test_resnet"), "evil.pth")
+    assert "weights_only=False" not in str(raised.value)
     assert not Path("pwned").exists()
+
+
+def test_safetensors_under_another_name_are_told(tmp_path: Path) -> None:
+    file = tmp_path / "weights.pth"
+    save_file({"fc.weight": torch.ones(1)}, file)
+    with pytest.raises(CheckpointError) as raised:
+        load_weights(timm.create_model("test_resnet"), file)
+    told = f"expected a torch file at {str(file)!r}, found safetensors; rename it to end in .safetensors"
+    assert str(raised.value) == told
 
 
 @pytest.mark.parametrize(
