@@ -8,7 +8,21 @@ from pathlib import Path
 
 from ilmconvert.errors import IlmconvertError, OutputExistsError, UsageError
 
-__all__ = ["check_file", "write_file"]
+__all__ = ["check_apart", "check_file", "write_file"]
+
+
+def check_apart(output: Path, *images: Path | None) -> None:
+    """Raise unless a folder to save in is outside of the images, among which its own pictures would count.
+
+    Raises:
+        UsageError: it is inside, or the same.
+    """
+    for folder in images:
+        if folder is not None and output.resolve().is_relative_to(folder.resolve()):
+            raise UsageError(
+                f"expected a folder to save in outside of the images in {str(folder)!r}, got {str(output)!r}, whose "
+                "pictures (recover.png) would be images of the next run"
+            )
 
 
 def check_file(path: Path, *, force: bool) -> None:

@@ -16,6 +16,7 @@ from ilmconvert_cli.options import (
     teacher_options,
     trust_factory_option,
 )
+from ilmconvert_cli.writing import check_apart
 
 from ilmconvert.errors import OutputExistsError
 from ilmconvert.jsonable import to_json
@@ -65,6 +66,7 @@ def calibrate(
         raise OutputExistsError(f"expected --output OUT, or --force to replace {str(folder)!r} itself")
     target = output or folder
     check_target(target, force=force)  # before any work is done
+    check_apart(target, images, options["held_out_images"])
     conversion = ilmconvert.load_conversion(folder, trust_factory=trust_factory)
     original = open_teacher(conversion, teacher, teacher_checkpoint, trust_factory)
     main = os.environ.get("RANK", "0") == "0"

@@ -10,6 +10,7 @@ import click
 from ilmconvert_cli.calibrating import calibrate_conversion
 from ilmconvert_cli.opening import open_model, sample_inputs
 from ilmconvert_cli.options import conversion_options, given, json_option, model_options
+from ilmconvert_cli.writing import check_apart
 
 from ilmconvert.errors import PlanError, UsageError
 from ilmconvert.jsonable import to_json
@@ -68,6 +69,7 @@ def convert(
 
     if output is not None and not dry_run:
         check_target(output, force=force)  # before any work is done
+        check_apart(output, images)
     plan = None if plan_file is None else _read_plan(plan_file, context)
     opened = open_model(
         model,

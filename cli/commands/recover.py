@@ -24,6 +24,7 @@ from ilmconvert_cli.options import (
     teacher_options,
     trust_factory_option,
 )
+from ilmconvert_cli.writing import check_apart
 
 from ilmconvert.errors import OutputExistsError, UsageError
 from ilmconvert.jsonable import to_json
@@ -89,6 +90,7 @@ def recover(
     if labels and (unused := given(context, "teacher", "teacher_checkpoint")):
         raise UsageError(f"expected --labels or {unused[0]}, got both: with labels there is no teacher")
     check_target(output, force=force)  # before any work is done
+    check_apart(output, images, held_out_images)
     need_matplotlib()
     run = _run_folder(output, resume=resume, force=force)
     wanted = ilmconvert.RecoverOptions(**options)

@@ -94,6 +94,17 @@ def test_converts_and_calibrates_at_once(place: Path, capsys: pytest.CaptureFixt
         (["calibrate", "nothing", "--images", "images", "-o", "out"], 2, "expected a folder saved by ilmconvert"),
         (["calibrate", "ilm", "--images", "nothing", "-o", "out"], 2, "expected a folder of images at 'nothing'"),
         (["calibrate", "ilm", "--images", "images", "-o", "images"], 2, "expected a new folder"),
+        (
+            ["calibrate", "ilm", "--images", "images", "-o", "images/class0/out"],
+            2,
+            "outside of the images in 'images', got 'images/class0/out'",
+        ),
+        (
+            ["calibrate", "ilm", "--images", "images/class0", "--held-out-images", "images", "-o", "images/o"],
+            2,
+            "outside of the images in 'images', got 'images/o'",
+        ),
+        (["convert", "test_resnet", "--calibrate", "images", "-o", "images/out"], 2, "outside of the images in"),
         (["calibrate", "ilm", "--images", "images", "-o", "out", "--held-out", "1"], 2, "--held-out"),
         (["calibrate", "ilm", "--images", "images", "-o", "out", "--held-out", "nan"], 2, "expected a finite number"),
         (["calibrate", "ilm", "--images", "images", "-o", "out", "--memory", "nan"], 2, "expected a finite number"),

@@ -56,6 +56,20 @@ def test_recover_and_what_is_left_behind(capsys: Output) -> None:
     assert result["best"]["agreement"] >= result["start"]["agreement"]
 
 
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [("ilm", "expected a new folder"), ("images/out", "outside of the images in 'images', got 'images/out', whose")],
+)
+def test_a_wrong_output_is_told_before_any_work(output: str, message: str, capsys: Output) -> None:
+    convert()
+    capsys.readouterr()
+    assert main(["recover", "ilm", "--images", "images", "-o", output, "--steps", "1", *QUICK]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.out == ""
+    assert not Path(f"{output}.run").exists()
+
+
 def test_a_trained_folder_needs_its_teacher(capsys: Output) -> None:
     convert()
     arguments = ["--images", "images", "--steps", "2", *QUICK]
