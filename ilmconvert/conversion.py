@@ -42,6 +42,15 @@ class Conversion:
         source: how the original can be built again; None if that is not known.
         fingerprint: of everything but the ILM layers, as it was when converted; None if that is not known.
         parameters: how many the model had when it was converted or loaded; a factory makes one of that size.
+
+    Example:
+        >>> import ilmconvert, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.LayerNorm(16))
+        >>> conversion = ilmconvert.convert(model)
+        >>> conversion
+        <Conversion of Sequential: 1 norm converted, 0 skipped>
+        >>> type(conversion.model[1]).__name__, type(conversion.revert()[1]).__name__
+        ('ILMNorm', 'LayerNorm')
     """
 
     model: nn.Module
@@ -205,8 +214,8 @@ def convert(
 ) -> Conversion:
     """Replace the norms of a copy of ``model`` by ILM layers.
 
-    Group, Layer, Instance and RMS norms convert with the output unchanged. Batch Norm cannot (its statistics are not
-    the instance's): the report says so.
+    Group, Layer, Instance and RMS norms start with the same output, to rounding. BatchNorm layers start close to their
+    evaluation output, without data. Where a layer cannot start so, the report warns.
 
     Args:
         model: any module; it is left as it is.
@@ -265,9 +274,21 @@ def convert_(
 def apply_plan(model: nn.Module, plan: Plan, *, progress: Progress | None = None) -> Conversion:
     """Carry out a plan made earlier, edited or not, on the model it was made for or one built alike.
 
+    Args:
+        model: the model; it is left as it is.
+        plan: what to do with each of its norms.
+        progress: called with (what, done, total).
+
     Raises:
         UsageError: no plan.
         PlanError: the plan does not fit the model.
+
+    Example:
+        >>> import ilmconvert, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.LayerNorm(16))
+        >>> plan = ilmconvert.inspect(model).plan
+        >>> ilmconvert.apply_plan(model, ilmconvert.Plan.from_json(plan.to_json()))
+        <Conversion of Sequential: 1 norm converted, 0 skipped>
     """
     if not isinstance(plan, Plan):
         raise UsageError(f"expected a Plan (Plan.from_json reads one), got {type(plan).__name__}")

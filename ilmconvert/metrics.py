@@ -174,13 +174,26 @@ class Scoring(_Sums):
 
 
 def agreement(original: Tensor, converted: Tensor) -> Tensor:
-    """Whether the top-1 answers are equal: bool, one for each answer."""
+    """Whether the top-1 answers are equal: bool, one for each answer.
+
+    Args:
+        original, converted: logits ``(N, classes, *)``.
+
+    Example:
+        >>> agreement(torch.tensor([[2.0, 1.0], [0.0, 1.0]]), torch.tensor([[9.0, 0.0], [3.0, 2.0]]))
+        tensor([ True, False])
+    """
     ours = _answers(converted)
     return (_answers(original) == ours) & (ours >= 0)
 
 
 def contained(original: Tensor, converted: Tensor, k: int = 5) -> Tensor:
-    """Whether the original's top-1 answer is among the converted model's first ``k``: bool, one for each answer."""
+    """Whether the original's top-1 answer is among the converted model's first ``k``: bool, one for each answer.
+
+    Example:
+        >>> contained(torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([[2.0, 0.0, 1.0]]), k=2)
+        tensor([True])
+    """
     rows = _rows(converted)
     best = _answers(original).unsqueeze(1)
     return (rows.topk(min(k, rows.shape[1])).indices == best).any(1) & rows.isfinite().all(1)
@@ -199,7 +212,12 @@ def kl_divergence(original: Tensor, converted: Tensor, temperature: float = 1.0)
 
 
 def cosine(original: Tensor, converted: Tensor) -> Tensor:
-    """Cosine of the angle between the vectors of logits, one for each answer."""
+    """Cosine of the angle between the vectors of logits, one for each answer.
+
+    Example:
+        >>> cosine(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]]))
+        tensor([0.])
+    """
     return F.cosine_similarity(_rows(original), _rows(converted), dim=1)
 
 

@@ -45,7 +45,7 @@ class Options:
 
 @dataclass(frozen=True)
 class ConvertOptions(Options):
-    """How to convert; the defaults are what calibration recovers best.
+    """How to convert; the defaults start closest to the model.
 
     Attributes:
         bn_to: the grouping that replaces batch statistics: one group per sample (``layer``), ``group``, or one group

@@ -90,6 +90,18 @@ class Plan:
         untraced: module paths that torch.fx could not follow, with the reason; found there by other means.
         notes: what concerns the model as a whole.
         version: of this format.
+
+    Raises:
+        ValueError: several decisions for one norm.
+
+    Example:
+        >>> import ilmconvert, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.LayerNorm(16), torch.nn.Softmax(-1))
+        >>> plan = ilmconvert.inspect(model).plan
+        >>> [(decision.path, decision.norm, decision.action) for decision in plan.decisions]
+        [('1', 'LayerNorm', 'convert')]
+        >>> Plan.from_json(plan.to_json()) == plan
+        True
     """
 
     options: ConvertOptions

@@ -26,6 +26,18 @@ class Report:
         parameters: parameters of the original model.
         untrained: paths of converted norms that had the running statistics of an untrained network.
         not_finite: paths of converted norms with NaN or infinity in their tensors.
+
+    Example:
+        >>> import ilmconvert, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.LayerNorm(16))
+        >>> report = ilmconvert.inspect(model, example_inputs=torch.randn(4, 8))
+        >>> print(report)
+        Sequential: 1 norm converted, 0 skipped
+          1 x LayerNorm -> ILM layer (per token)
+          parameters added: 6 (3.41 %)
+          the converted model starts with the original's outputs
+        >>> report.exact, report.added_parameters, report.warnings
+        (True, 6, ())
     """
 
     plan: Plan

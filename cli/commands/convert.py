@@ -56,8 +56,8 @@ def convert(
 ) -> None:
     """Convert MODEL's norms to ILM-Norm and save the result in DIR.
 
-    Group, Layer, Instance and RMS norms convert with identical outputs. Batch Norm cannot; the summary says what that
-    means. A saved folder as MODEL is converted anew from its original norms.
+    Group, Layer, Instance and RMS norms start with the same outputs, to rounding. BatchNorm layers start close to their
+    evaluation output, without data. A saved folder as MODEL is converted anew from its original norms.
     """
     from ilmconvert_cli.render.progress import progress_bar
 

@@ -78,6 +78,14 @@ class Standardization:
 
     Raises:
         ValueError: an unknown layout or divisor, or a root mean square of what is centered.
+
+    Example:
+        >>> from ilmconvert.nn import ILMNorm
+        >>> rms = Standardization(layout="token", center=False, scale_by="rms", eps=1e-6)
+        >>> layer, base = ILMNorm(32, standardization=rms, bias=False), torch.nn.RMSNorm(32, eps=1e-6)
+        >>> x = torch.randn(4, 7, 32)
+        >>> torch.allclose(layer(x), base(x), atol=1e-5)
+        True
     """
 
     layout: Layout = "sample"

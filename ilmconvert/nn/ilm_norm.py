@@ -224,7 +224,15 @@ class ILMNorm(nn.Module):
 class ILMNormAct(ILMNorm):
     """ILM-Norm followed by dropout and an activation, as timm's fused norm+act layers are.
 
-    ``drop`` and ``act`` are the original layer's own modules, under the names they have in timm.
+    ``drop`` and ``act`` are the original layer's own modules, under the names they have in timm. Conversion sets them;
+    a layer that is made by hand has none until they are assigned. Arguments and shapes are those of :class:`ILMNorm`.
+
+    Example:
+        >>> layer = ILMNormAct(16, num_groups=4)
+        >>> layer.drop, layer.act = nn.Identity(), nn.ReLU()
+        >>> y = layer(torch.randn(2, 16, 5, 5))
+        >>> tuple(y.shape), bool((y >= 0).all())
+        ((2, 16, 5, 5), True)
     """
 
     drop: nn.Module

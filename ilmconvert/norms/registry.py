@@ -35,12 +35,22 @@ class NormHandler:
     """How one family of norms is described and what its scale and shift are.
 
     Subclass it, set :attr:`family`, implement :meth:`describe` and decorate with :func:`register`.
+
+    Example:
+        >>> from ilmconvert.nn import Standardization
+        >>> class TokenNorm(NormHandler):
+        ...     family = "layer"
+        ...     def describe(self, module):
+        ...         return NormSpec(module.normalized_shape, 1, Standardization(layout="token", eps=module.eps))
+        >>> norm = nn.LayerNorm(8)
+        >>> TokenNorm().describe(norm).num_channels, TokenNorm().affine(norm, num_groups=1)[0] is norm.weight
+        (8, True)
     """
 
     family: ClassVar[str] = ""
 
     def describe(self, module: nn.Module) -> NormSpec:
-        """Return what ``module`` computes."""
+        """Return what ``module`` computes; a handler has to implement it."""
         raise NotImplementedError
 
     def affine(self, module: nn.Module, num_groups: int) -> tuple[Tensor | None, Tensor | None]:

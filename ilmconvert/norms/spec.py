@@ -22,6 +22,11 @@ class NormSpec:
         has_act: followed by dropout and activation inside the module (``drop`` and ``act``).
         preserves: the ILM layer can start with exactly the norm's output. False for batch statistics.
         fixed_statistics: in evaluation it applies statistics of its own, from which a predictor can be set up.
+
+    Example:
+        >>> how = Standardization(layout="token", eps=1e-6)
+        >>> NormSpec((64,), 1, how, bias=False).num_channels  # a Layer Norm over 64 values, without shift
+        64
     """
 
     shape: tuple[int, ...]

@@ -45,6 +45,13 @@ class RecoverOptions(Options):
         workers: processes that read images, for each training process.
         fsdp: shard parameters, gradients and optimizer state over the processes (FSDP2) instead of DDP.
         cpu: use the CPU though there is a GPU.
+
+    Raises:
+        UsageError: a value out of range.
+
+    Example:
+        >>> RecoverOptions(epochs=5, batch_size=64).total_steps(images=1280)
+        100
     """
 
     EXAMPLE = "steps=100, lr=1e-4"

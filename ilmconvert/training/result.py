@@ -154,8 +154,17 @@ class Recovery:
     """A trained model and the account of its training.
 
     Attributes:
-        model: a copy of the converted model with the best weights; modes, device and ``requires_grad`` as given.
+        model: a copy of the converted model with the best weights, which may be those of the start; modes, device and
+            ``requires_grad`` as given.
         report: what happened.
+
+    Example:
+        >>> import ilmconvert, torch
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 4), torch.nn.GroupNorm(2, 8), torch.nn.Flatten())
+        >>> converted = ilmconvert.convert(model).model
+        >>> recovery = ilmconvert.recover(model, converted, torch.randn(8, 3, 6, 6), steps=2, batch_size=4)
+        >>> recovery.report.best.step  # it starts as the original, so that nothing can be better
+        0
     """
 
     model: nn.Module
