@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import ilmconvert
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "docs" / name for name in ("getting-started.md", "calibration.md", "diff.md")]
 
@@ -75,6 +77,11 @@ def test_links_lead_somewhere() -> None:
     for page in [*(ROOT / "docs").glob("*.md"), ROOT / "README.md"]:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_python_page_has_every_public_name() -> None:
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == sorted(ilmconvert.__all__)
 
 
 def test_ci_runs_the_readmes_commands() -> None:
