@@ -221,7 +221,7 @@ def test_a_failed_rename_leaves_the_folder_that_was_there(tmp_path: Path, monkey
         return replace(self, target)
 
     monkeypatch.setattr(Path, "replace", full)
-    with pytest.raises(OSError, match="disk full"), write_beside(folder, force=True) as beside:
+    with pytest.raises(IlmconvertError, match="disk full"), write_beside(folder, force=True) as beside:
         (beside / "new").touch()
     assert {p: p.read_bytes() for p in tmp_path.rglob("*.*")} == before
     assert list(tmp_path.iterdir()) == [folder]
