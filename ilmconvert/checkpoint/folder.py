@@ -33,11 +33,13 @@ from ilmconvert.checkpoint.card import model_card
 from ilmconvert.checkpoint.weights import check_keys
 from ilmconvert.conversion import Conversion, size_of
 from ilmconvert.errors import CheckpointError, IlmconvertError, NotFoundError, OutputExistsError, PlanError
+from ilmconvert.nn import ILMNorm
+from ilmconvert.norms import class_name
 from ilmconvert.plan import Plan
 from ilmconvert.report import Report
 from ilmconvert.rewrite import rewrite
 from ilmconvert.sources import Source, build, is_factory
-from ilmconvert.wording import one_line
+from ilmconvert.wording import one_line, some
 
 __all__ = [
     "FORMAT_VERSION",
@@ -246,7 +248,7 @@ def _umask() -> int:
 
 
 def _trusted(conversion: Conversion) -> Source | None:
-    """The model's own source, if it does rebuild the same weights."""
+    """The model's own source, if it does rebuild the same modules and weights."""
     if conversion.source is not None and conversion.source.kind == "factory":
         if size_of(conversion.model) == conversion.parameters:  # the factory is not called again to know more
             return conversion.source
@@ -264,6 +266,7 @@ def _trusted(conversion: Conversion) -> Source | None:
         with torch.device("meta"):
             rebuilt, _ = rewrite(build(source.name, model_args=source.model_args), conversion.plan)
         check_keys(rebuilt.state_dict(), conversion.model.state_dict(), source.name)
+        _check_modules(rebuilt, conversion.model)
         _timm_config(conversion.model)
     except (IlmconvertError, TypeError, ValueError, AttributeError) as error:
         warnings.warn(
@@ -271,6 +274,31 @@ def _trusted(conversion: Conversion) -> Source | None:
         )
         return None
     return source
+
+
+def _check_modules(rebuilt: nn.Module, model: nn.Module) -> None:
+    """Raise unless all modules are of one class and tell the same of themselves: strides, paddings and their like."""
+    wanted, found = (
+        {path: f"{class_name(type(m))}({_arguments(m)})" for path, m in each.named_modules() if not _passes_on(m)}
+        for each in (rebuilt, model)
+    )
+    differing = [
+        f"{path!r} is {found.get(path, 'nothing')} instead of {wanted.get(path, 'nothing')}"
+        for path in {**wanted, **found}
+        if wanted.get(path) != found.get(path)
+    ]
+    if differing:
+        raise CheckpointError(some(differing, 1))
+
+
+def _passes_on(module: nn.Module) -> bool:
+    """Whether evaluation goes through it unchanged; timm keeps no rates of dropouts for its config either."""
+    return isinstance(module, nn.Identity) or "drop" in type(module).__name__.lower()
+
+
+def _arguments(module: nn.Module) -> str:
+    """What a module tells of itself; an ILM layer's activation and dropout are modules of their own."""
+    return ILMNorm.extra_repr(module) if isinstance(module, ILMNorm) else module.extra_repr()
 
 
 def _config(conversion: Conversion, source: Source | None) -> dict[str, Any]:
