@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ilmconvert.errors import UsageError
 from ilmconvert.graph.inputs import first_tensor
-from ilmconvert.metrics import Comparison, Score, Scoring, Similarity, logits_of
+from ilmconvert.metrics import Comparison, Score, Scoring, Similarity, class_logits, logits_of
 from ilmconvert.training.data import ImageData
 from ilmconvert.training.options import RecoverOptions
 from ilmconvert.training.stream import Batch, held_out_loader
@@ -94,9 +94,10 @@ class Judge:
     def _labels(self, batch: Batch, logits: Tensor) -> Tensor:
         if batch.labels is None:
             raise UsageError("expected images with class numbers, got images alone; give pairs (image, class number)")
-        if self._classes is not None and len(self._classes) != logits.shape[1]:
+        classes = class_logits(logits).shape[1]
+        if self._classes is not None and len(self._classes) != classes:
             raise UsageError(
-                f"expected a folder for each of the model's {logits.shape[1]} classes, found {len(self._classes)}; "
+                f"expected a folder for each of the model's {classes} classes, found {len(self._classes)}; "
                 f"give the model a head for them first: model.reset_classifier({len(self._classes)}) "
                 "(--reset-classifier on the command line)"
             )

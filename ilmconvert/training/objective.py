@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ilmconvert.errors import UsageError
 from ilmconvert.graph.shadow import copy_model
+from ilmconvert.metrics import class_logits
 from ilmconvert.training.evaluate import answers
 from ilmconvert.training.losses import FeatureMatching, distillation
 from ilmconvert.training.options import RecoverOptions
@@ -56,7 +57,7 @@ class Objective:
     def _labelled(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:
         if labels is None:
             raise UsageError("expected images with class numbers, got images alone; give pairs (image, class number)")
-        got = self._answers(model, images)
+        got = class_logits(self._answers(model, images))
         return F.cross_entropy(got, labels.to(got.device), label_smoothing=self._options.label_smoothing)
 
     def _distilled(self, original: nn.Module, model: nn.Module, images: Tensor) -> Tensor:

@@ -140,6 +140,20 @@ def test_half_precision_models_train_in_float32_and_come_back_in_half(teacher: n
     assert recovery.report.best.measured.kl < recovery.report.start.measured.kl
 
 
+def test_a_single_logit_is_learned_as_a_yes_or_no() -> None:
+    teacher = original()
+    teacher[-1] = nn.Linear(32, 1)
+    student, x = conversion(teacher).model, images(16)
+    losses = [
+        ilmconvert.recover(teacher, student, *given, steps=1, batch_size=8, held_out=0.5, **how)
+        .report.evaluations[1]
+        .loss
+        for given, how in (((x,), {}), (([(x, torch.arange(16) % 2)],), {"labels": True}))
+    ]
+    assert losses[0] > 1e-4  # a softmax over one class is 1 whatever the models say
+    assert 0.3 < losses[1] < 1.5
+
+
 def test_a_time_limit_is_kept(teacher: nn.Module, student: nn.Module) -> None:
     told = []
     recovery = ilmconvert.recover(
