@@ -24,7 +24,7 @@ from ilmconvert.training.evaluate import Judge
 from ilmconvert.training.groups import parameter_groups
 from ilmconvert.training.objective import Objective, freeze_unreached_
 from ilmconvert.training.options import RecoverOptions
-from ilmconvert.training.processes import from_main, prepare
+from ilmconvert.training.processes import from_main, prepare, same_buffers_
 from ilmconvert.training.result import Evaluation, Recovery, RecoveryReport, to_jsonl
 from ilmconvert.training.state import JOURNAL, full_weights, read_state, restore_, write_state
 from ilmconvert.training.stream import Batch, training_stream
@@ -152,6 +152,7 @@ class Trainer:
     def _measure(self, lr: float, loss: Tensor | None, folder: Path | None) -> None:
         """Measure the present weights, keep them if they are the best, and save the run."""
         began = time.monotonic()
+        same_buffers_(self._model)
         self._candidate.load_state_dict(full_weights(self._model))
         measured = self._judge(self._candidate)
         mean = None if loss is None else float(self._accelerator.reduce(loss, "mean"))
