@@ -78,6 +78,9 @@ class Trainer:
         }
         teacher = None if original is None else self._placed(original).eval().requires_grad_(False)
         self._candidate = self._placed(converted)  # whole in every process: what is measured
+        self._broken: dict[str, str] = {}
+        self._judge = Judge(data, options, teacher, accelerator, self._broken.update)
+        self._judge.check(self._candidate)
         student = _widened(self._placed(converted))
         self._trained = self._freeze(student)
         if accelerator.num_processes > 1:
@@ -86,8 +89,6 @@ class Trainer:
         self._objective = Objective(accelerator, teacher, student, options)
         self._model, self._optimizer = prepare(accelerator, student, lambda: self._groups(student), options)
         self._rates = [group["lr"] for group in self._optimizer.param_groups]
-        self._broken: dict[str, str] = {}
-        self._judge = Judge(data, options, teacher, accelerator, self._broken.update)
         self._steps = options.total_steps(len(data.train))  # type: ignore[arg-type]
         self._every = options.evaluate_every or (max(self._steps // 20, 1) if self._steps else 50)
         self._step, self._evaluations = 0, list[Evaluation]()

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import random
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import IterableDataset, TensorDataset
 
 import ilmconvert
 from ilmconvert.errors import CheckpointError, ModelError, UsageError
@@ -251,6 +252,16 @@ def test_a_broken_off_run_takes_the_same_course(teacher: nn.Module, student: nn.
             ilmconvert.recover(model, student, x, run_folder=tmp_path, resume=True, **SHORT | wrong)
 
 
+class OneByOne(IterableDataset[Tensor]):
+    """Single images, with a length and what its base class has of ``__getitem__``."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(images(8))
+
+
 def test_wrong_requests_are_refused(teacher: nn.Module, student: nn.Module, tmp_path: Path) -> None:
     x = images(8)
     for arguments, options, message in (
@@ -263,6 +274,21 @@ def test_wrong_requests_are_refused(teacher: nn.Module, student: nn.Module, tmp_
         ((teacher, student, x[:1]), {}, "at least 2 images"),
         ((teacher, student, tmp_path / "none"), {}, "expected a folder of images"),
         ((teacher, student, 3), {}, "expected a folder, a dataset"),
+        ((teacher, student, x[:, :1]), {}, r"^expected images that Sequential .*, \(1, 1, 16, 16\), ends in Runtime"),
+        (
+            (teacher, student, list(x)),
+            {},
+            r"batches \(N, 3, H, W\) of any other iterable; a batch of them, \(2, 16, 16\)",
+        ),
+        ((teacher, student, OneByOne()), {}, r"a batch of them, \(2, 16, 16\), ends in"),
+        ((teacher, student, [x, x[..., :8]]), {}, r"of one size, got \(3, 16, 8\) and \(3, 16, 16\)$"),
+        ((None, student, [(image, 1) for image in x]), {"labels": True}, "^expected an iterable of pairs of batches"),
+        (
+            (None, student, [(x, torch.full((8,), 9))]),
+            {"labels": True},
+            "from 0 to 7, for the model's 8 classes, got 9$",
+        ),
+        ((None, student, [(x, torch.rand(8))]), {"labels": True}, "to be integers, got torch.float32; give"),
     ):
         with pytest.raises(UsageError, match=message):
             ilmconvert.recover(*arguments, **{"steps": 1} | options)
