@@ -44,6 +44,7 @@ class Calibration:
     report: CalibrationReport
 
 
+@torch.inference_mode(False)
 def calibrate(
     original: nn.Module,
     converted: nn.Module,

@@ -166,6 +166,7 @@ def load(path: str | Path, *, model: nn.Module | None = None, trust_factory: boo
     return load_conversion(path, model=model, trust_factory=trust_factory).model
 
 
+@torch.inference_mode(False)
 def load_conversion(path: str | Path, *, model: nn.Module | None = None, trust_factory: bool = False) -> Conversion:
     """As :func:`load`, with the plan, the report and the original norms: it can be reverted and saved again."""
     folder = Path(path)
