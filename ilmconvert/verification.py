@@ -47,7 +47,8 @@ class Verification:
 
     Attributes:
         checks: in the order they were made.
-        relative_difference: largest output difference in evaluation mode, relative to the largest output.
+        relative_difference: largest output difference in evaluation mode, relative to the largest output; nan where the
+            original's own outputs are not finite.
     """
 
     checks: tuple[Check, ...]
@@ -106,6 +107,7 @@ def verify(
     if untrained := sum(map(is_untrained, original.modules())):
         wanted += f"; {plural(untrained, 'norm')} with the running statistics of an untrained network"
     if any(t.is_floating_point() and t.numel() and not t.isfinite().any() for t in before):
+        difference = float("nan")
         checks.append(Check("outputs", False, "the original's own are not finite, so there is nothing to compare"))
     else:
         checks.append(Check("outputs", passed, f"relative difference {difference:.2e} ({wanted})"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -107,6 +108,7 @@ def test_nothing_is_said_of_outputs_that_are_not_finite() -> None:
     result = ilmconvert.verify(model, ilmconvert.convert(model).model, torch.randn(2, 4))
     assert not result.passed
     assert next(c for c in result.checks if c.name == "outputs").passed is False
+    assert math.isnan(result.relative_difference)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
