@@ -168,7 +168,26 @@ def load(path: str | Path, *, model: nn.Module | None = None, trust_factory: boo
 
 @torch.inference_mode(False)
 def load_conversion(path: str | Path, *, model: nn.Module | None = None, trust_factory: bool = False) -> Conversion:
-    """As :func:`load`, with the plan, the report and the original norms: it can be reverted and saved again."""
+    """As :func:`load`, with the plan, the report and the original norms: it can be reverted and saved again.
+
+    Args:
+        path: the folder.
+        model: the rebuilt original, where the folder does not tell how to build it. It is left as it is.
+        trust_factory: as in :func:`load`.
+
+    Raises:
+        NotFoundError: no saved conversion.
+        CheckpointError: a damaged one, or weights that do not fit.
+        PlanError: ``model`` is not what the plan was made for.
+
+    Example:
+        >>> import ilmconvert, tempfile, timm
+        >>> conversion = ilmconvert.convert(timm.create_model("test_vit"))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     loaded = ilmconvert.load_conversion(conversion.save(f"{folder}/vit"))
+        >>> loaded.report == conversion.report, type(loaded.revert().norm).__name__
+        (True, 'LayerNorm')
+    """
     folder = Path(path)
     if not is_saved(folder):
         found = "a folder without them" if folder.is_dir() else "a file" if folder.exists() else "nothing"
@@ -342,7 +361,7 @@ def _rebuild(folder: Path, config: dict[str, Any], trust_factory: bool) -> nn.Mo
     if source is None:
         raise CheckpointError(
             f"the folder {str(folder)!r} does not tell how to build its {config.get('ilmconvert', {}).get('model')}; "
-            "rebuild the original and load with ilmconvert.load(folder, model=original)"
+            "rebuild the original and give it to ilmconvert.load or load_conversion, as model=original"
         )
     if source.kind == "factory" and not trust_factory:
         raise CheckpointError(
