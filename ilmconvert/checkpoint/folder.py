@@ -19,7 +19,6 @@ import json
 import os
 import shutil
 import tempfile
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,16 +29,15 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
 from ilmconvert.checkpoint.card import model_card
+from ilmconvert.checkpoint.origin import timm_config, trusted_source
 from ilmconvert.checkpoint.weights import check_keys
 from ilmconvert.conversion import Conversion, size_of
 from ilmconvert.errors import CheckpointError, IlmconvertError, NotFoundError, OutputExistsError, PlanError
-from ilmconvert.nn import ILMNorm
-from ilmconvert.norms import class_name
 from ilmconvert.plan import Plan
 from ilmconvert.report import Report
 from ilmconvert.rewrite import rewrite
 from ilmconvert.sources import Source, build, is_factory
-from ilmconvert.wording import one_line, some
+from ilmconvert.wording import one_line
 
 __all__ = [
     "FORMAT_VERSION",
@@ -116,7 +114,7 @@ def save(
     if unknown := sorted(set(records or {}) - set(RECORDS)):
         raise CheckpointError(f"expected records among {', '.join(RECORDS)}, got {', '.join(unknown)}")
     conversion = conversion.current()
-    source = Source("factory", factory, model_args or {}) if factory else _trusted(conversion)
+    source = Source("factory", factory, model_args or {}) if factory else trusted_source(conversion)
     plan, card = conversion.plan.to_json(), model_card(conversion, source, worked_on=bool(records))
     config = _json(_config(conversion, source))
     with write_beside(path, force=force) as folder:
@@ -267,60 +265,6 @@ def _umask() -> int:
     return mask
 
 
-def _trusted(conversion: Conversion) -> Source | None:
-    """The model's own source, if it does rebuild the same modules and weights."""
-    if conversion.source is not None and conversion.source.kind == "factory":
-        if size_of(conversion.model) == conversion.parameters:  # the factory is not called again to know more
-            return conversion.source
-        warnings.warn(
-            f"{conversion.source.name} built a model of another size, so load() will need model=...; or give a factory "
-            "of this one to save()",
-            stacklevel=3,
-        )
-        return None
-    source = Source.of(conversion.model)  # as it is now: its head may have been reset since
-    if source is None:
-        return None
-    try:
-        json.dumps(source.model_args)
-        with torch.device("meta"):
-            rebuilt, _ = rewrite(build(source.name, model_args=source.model_args), conversion.plan)
-        check_keys(rebuilt.state_dict(), conversion.model.state_dict(), source.name)
-        _check_modules(rebuilt, conversion.model)
-        _timm_config(conversion.model)
-    except (IlmconvertError, TypeError, ValueError, AttributeError) as error:
-        warnings.warn(
-            f"{source.name} does not rebuild this model, so load() will need model=...: {error}", stacklevel=3
-        )
-        return None
-    return source
-
-
-def _check_modules(rebuilt: nn.Module, model: nn.Module) -> None:
-    """Raise unless all modules are of one class and tell the same of themselves: strides, paddings and their like."""
-    wanted, found = (
-        {path: f"{class_name(type(m))}({_arguments(m)})" for path, m in each.named_modules() if not _passes_on(m)}
-        for each in (rebuilt, model)
-    )
-    differing = [
-        f"{path!r} is {found.get(path, 'nothing')} instead of {wanted.get(path, 'nothing')}"
-        for path in {**wanted, **found}
-        if wanted.get(path) != found.get(path)
-    ]
-    if differing:
-        raise CheckpointError(some(differing, 1))
-
-
-def _passes_on(module: nn.Module) -> bool:
-    """Whether evaluation goes through it unchanged; timm keeps no rates of dropouts for its config either."""
-    return isinstance(module, nn.Identity) or "drop" in type(module).__name__.lower()
-
-
-def _arguments(module: nn.Module) -> str:
-    """What a module tells of itself; an ILM layer's activation and dropout are modules of their own."""
-    return ILMNorm.extra_repr(module) if isinstance(module, ILMNorm) else module.extra_repr()
-
-
 def _config(conversion: Conversion, source: Source | None) -> dict[str, Any]:
     from ilmconvert import __version__
 
@@ -334,17 +278,7 @@ def _config(conversion: Conversion, source: Source | None) -> dict[str, Any]:
         return {"ilmconvert": ours}
     if source.kind == "factory":
         return {"ilmconvert": {**ours, "factory": source.name, "model_args": source.model_args}}
-    return {**_timm_config(conversion.model), "ilmconvert": ours}
-
-
-def _timm_config(model: nn.Module) -> dict[str, Any]:
-    """The config.json that timm itself would write."""
-    from timm.models._hub import save_config_for_hf
-
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / CONFIG
-        save_config_for_hf(model, str(file))
-        return _read_json(file)
+    return {**timm_config(conversion.model), "ilmconvert": ours}
 
 
 def _source(config: dict[str, Any]) -> Source | None:
