@@ -83,6 +83,7 @@ class Conversion:
                 "The converted model itself is not affected"
             ) from error
 
+    @torch.inference_mode(False)
     def revert(self) -> nn.Module:
         """A copy of the model with the original norms back; everything else keeps its present weights.
 
@@ -295,6 +296,7 @@ def apply_plan(model: nn.Module, plan: Plan, *, progress: Progress | None = None
     return _carry_out(model, Report(plan, size_of(model)), progress)
 
 
+@torch.inference_mode(False)  # inference tensors could not be trained
 @collector_paused()
 def _carry_out(model: nn.Module, report: Report, progress: Progress | None, *, in_place: bool = False) -> Conversion:
     done, total = 0, len(report.converted)
@@ -305,8 +307,7 @@ def _carry_out(model: nn.Module, report: Report, progress: Progress | None, *, i
         if progress is not None:
             progress("converting", done, total)
 
-    with torch.inference_mode(False):  # inference tensors could not be trained
-        converted, originals = rewrite(model, report.plan, in_place=in_place, on_site=step)
+    converted, originals = rewrite(model, report.plan, in_place=in_place, on_site=step)
     told = Report.of(report.plan, report.parameters, originals)
     return Conversion(converted, told, originals, Source.of(model), _fingerprint(converted), size_of(converted))
 

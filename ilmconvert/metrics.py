@@ -10,6 +10,9 @@ KL             the mean of ``sum p (log p - log q)``, in nats
 cosine         the mean cosine of the angle between the two vectors of logits
 =============  ====================================================================================
 
+A single logit is that of a yes, beside a no whose logit is 0: its softmax is the sigmoid, and models agree where it has
+one sign.
+
 An answer of the converted model that is not finite agrees with nothing, and makes KL and cosine nan.
 """
 
@@ -35,6 +38,7 @@ __all__ = [
     "Scoring",
     "Similarity",
     "agreement",
+    "class_logits",
     "contained",
     "cosine",
     "kl_divergence",
@@ -159,7 +163,7 @@ class Scoring(_Sums):
 
     @torch.no_grad()
     def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Add a batch of logits ``(N, classes, *)`` and class numbers ``(N, *)``."""
+        """Add a batch of logits ``(N, classes, *)`` and class numbers ``(N, *)``, 0 or 1 for a single logit."""
         labels = labels.reshape(-1)
         self._add(_answers(logits) == labels, F.cross_entropy(_rows(logits), labels, reduction="none"))
 
@@ -243,8 +247,19 @@ def logits_of(output: Any) -> Tensor:
     return found
 
 
+def class_logits(logits: Tensor) -> Tensor:
+    """Logits ``(N, classes, *)`` of two classes at least: a single one gets a no before it, whose logit is 0.
+
+    Example:
+        >>> class_logits(torch.tensor([[2.0], [-1.0]])).tolist()
+        [[0.0, 2.0], [0.0, -1.0]]
+    """
+    return logits if logits.shape[1] != 1 else torch.cat((torch.zeros_like(logits), logits), 1)
+
+
 def _rows(logits: Tensor) -> Tensor:
-    """``(N, classes, *)`` to ``(answers, classes)`` in float32 at least."""
+    """``(N, classes, *)`` to ``(answers, classes)``, two classes and float32 at least."""
+    logits = class_logits(logits)
     rows = logits.movedim(1, -1).reshape(-1, logits.shape[1])
     return rows.to(torch.promote_types(rows.dtype, torch.float32))
 

@@ -50,9 +50,22 @@ def ilmconvert(
             f"expected folder= and num_classes= alone for a converted model, whose architecture is settled; got "
             f"{', '.join(f'{name}={other[name]!r}' for name in unfit)}"
         )
-    if num_classes not in (None, getattr(model, "num_classes", None)):
+    if num_classes not in (None, has := _classes(model)):
+        if not hasattr(model, "reset_classifier"):
+            raise UsageError(
+                f"expected num_classes={has}, since the {type(model).__name__} in {str(folder)!r} has no "
+                f"reset_classifier() to give it another head, got {num_classes}; put one in after loading"
+            )
         model.reset_classifier(num_classes)  # type: ignore[operator]
     return model.train()  # as timm's entry points return it
+
+
+def _classes(model: nn.Module) -> int | None:
+    """As many as the model says, or else its last linear layer gives."""
+    from torch import nn
+
+    linear = [m.out_features for m in model.modules() if isinstance(m, nn.Linear)]
+    return getattr(model, "num_classes", linear[-1] if linear else None)
 
 
 def _fits(model: nn.Module, name: str, value: Any) -> bool:

@@ -47,7 +47,8 @@ class Verification:
 
     Attributes:
         checks: in the order they were made.
-        relative_difference: largest output difference in evaluation mode, relative to the largest output.
+        relative_difference: largest output difference in evaluation mode, relative to the largest output; nan where the
+            original's own outputs are not finite.
     """
 
     checks: tuple[Check, ...]
@@ -63,6 +64,8 @@ class Verification:
         return {"passed": self.passed, **asdict(self)}
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def verify(
     original: nn.Module, converted: nn.Module, example_inputs: Any = None, *, tolerance: float = 1e-5
 ) -> Verification:
@@ -104,6 +107,7 @@ def verify(
     if untrained := sum(map(is_untrained, original.modules())):
         wanted += f"; {plural(untrained, 'norm')} with the running statistics of an untrained network"
     if any(t.is_floating_point() and t.numel() and not t.isfinite().any() for t in before):
+        difference = float("nan")
         checks.append(Check("outputs", False, "the original's own are not finite, so there is nothing to compare"))
     else:
         checks.append(Check("outputs", passed, f"relative difference {difference:.2e} ({wanted})"))
@@ -315,12 +319,15 @@ def _training(original: nn.Module, converted: nn.Module, inputs: Inputs, batch: 
 
 
 def _gradients(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
-    """Those of (a copy of) a model's parameters in training mode."""
+    """Those of (a copy of) a model's parameters in training mode; it is an error if none comes."""
     model = copy_model(model).train()
     loss = sum(t.float().square().mean() for t in inputs.outputs(model) if t.requires_grad)
     if isinstance(loss, Tensor):
         loss.backward()
-    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    if not grads and any(p.requires_grad for p in model.parameters()):
+        raise RuntimeError("no gradient reaches a parameter")
+    return grads
 
 
 def _trains(model: nn.Module, inputs: Inputs) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -231,11 +233,22 @@ def test_users_hooks_do_not_see_fake_tensors() -> None:
     assert "new" not in seen
 
 
-def test_converted_under_inference_mode_can_be_trained() -> None:
+MADE: dict[str, Callable[[ilmconvert.Conversion, nn.Module, Path], nn.Module]] = {
+    "convert": lambda conversion, model, folder: ilmconvert.convert(model).model,
+    "revert": lambda conversion, model, folder: conversion.revert(),
+    "load": lambda conversion, model, folder: ilmconvert.load(conversion.save(folder / "saved"), model=model),
+    "calibrate": lambda conversion, model, folder: ilmconvert.calibrate(model, conversion.model, [IMAGE]).model,
+}
+
+
+@pytest.mark.parametrize("how", MADE)
+def test_what_is_made_under_inference_mode_can_be_trained(how: str, tmp_path: Path) -> None:
+    model = small_cnn().eval()
+    conversion = ilmconvert.convert(model, gains=False)
     with torch.inference_mode():
-        converted = ilmconvert.convert(nn.Sequential(nn.BatchNorm1d(4))).model
-    converted(torch.randn(3, 4)).sum().backward()
-    assert converted[0].weight.grad is not None
+        made = MADE[how](conversion, model, tmp_path)
+    made.train()(IMAGE).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in made.parameters())
 
 
 def test_wrong_argument_is_a_usage_error() -> None:

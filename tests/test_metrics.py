@@ -34,6 +34,20 @@ def test_figures_follow_their_definitions(shape: tuple[int, ...]) -> None:
     assert torch.allclose(warm, kl_divergence(a / 2, b / 2))
 
 
+@pytest.mark.parametrize("shape", [(40, 1), (6, 1, 3, 2)])
+def test_a_single_logit_is_a_yes_or_no(shape: tuple[int, ...]) -> None:
+    a, b = pair(*shape)
+    x, y = (torch.distributions.Bernoulli(logits=t.flatten()) for t in (a, b))
+    assert torch.equal(agreement(a, b), a.flatten().sign() == b.flatten().sign())
+    assert torch.allclose(kl_divergence(a, b), torch.distributions.kl_divergence(x, y))
+    scoring, labels = Scoring(), (a > 0).squeeze(1).long()
+    scoring.update(b, labels)
+    assert scoring.result().accuracy == agreement(a, b).double().mean().item()
+    wanted = F.binary_cross_entropy_with_logits(b.flatten(), labels.flatten().double())
+    assert scoring.result().loss == pytest.approx(wanted.item(), rel=1e-9)
+    assert not agreement(a, b * torch.nan).any()
+
+
 def test_sums_do_not_depend_on_the_batches() -> None:
     a, b = pair(31, 9)
     labels = torch.randint(0, 9, (31,))

@@ -77,4 +77,9 @@ def test_factories_of_folders_are_not_called_unasked(tmp_path: Path) -> None:
     folder = ilmconvert.convert(small_cnn()).save(tmp_path / "cnn", factory="tests.models:small_cnn")
     with pytest.raises(CheckpointError, match="trust_factory=True"):
         timm.create_model("ilmconvert", folder=folder)
-    assert timm.create_model("ilmconvert", folder=folder, trust_factory=True)[0].out_channels == 16
+    given = {"folder": folder, "trust_factory": True}
+    assert timm.create_model("ilmconvert", **given, num_classes=5)[0].out_channels == 16
+    with pytest.raises(
+        UsageError, match=r"^expected num_classes=5, since the Sequential in .* another head, got 7; put"
+    ):
+        timm.create_model("ilmconvert", **given, num_classes=7)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import pytest
 import timm
@@ -122,6 +124,30 @@ def test_nothing_is_said_of_outputs_that_are_not_finite() -> None:
     result = ilmconvert.verify(model, ilmconvert.convert(model).model, torch.randn(2, 4))
     assert not result.passed
     assert next(c for c in result.checks if c.name == "outputs").passed is False
+    assert math.isnan(result.relative_difference)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradients_are_checked_where_none_are_taken(mode: Callable[[], AbstractContextManager[None]]) -> None:
+    model = small_cnn()
+    converted = ilmconvert.convert(model).model
+    count = len(list(converted.parameters()))
+    with mode():
+        found = checks(model, converted, torch.randn(2, 3, 16, 16))
+    assert found["training, as given"].detail == f"gradients of {count} parameters finite"
+    assert all(check.passed is not False for check in found.values())
+
+
+def test_a_conversion_without_gradients_is_told() -> None:
+    class Deaf(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).detach()
+
+    model, deaf = (kind(nn.Linear(8, 8), nn.LayerNorm(8)) for kind in (nn.Sequential, Deaf))
+    x, told = torch.randn(3, 8), "RuntimeError: no gradient reaches a parameter"
+    for original, passed, detail in ((model, False, told), (deaf, None, f"the original fails too: {told}")):
+        check = checks(original, deaf, x)["training, as given"]
+        assert (check.passed, check.detail) == (passed, detail)
 
 
 class Checkpointed(nn.Module):

@@ -30,6 +30,7 @@ __all__ = ["RIDGE", "Fit", "Samples", "bare_norm", "fit_"]
 
 RIDGE = 1e-6  # share of a column's energy; measured in benchmarks/calibration.py
 _TINY = 1e-12
+_AT_ONCE = 1 << 20  # values that are widened to float64 together
 _SPREADS = 16.0  # deviations that a standardized key's scale is wide
 _ROUNDING = 1e-6  # share of the variance that float32 cannot tell; a channel that misses no more is left alone
 
@@ -74,7 +75,7 @@ class Samples:
         z = canonical(standardize(x, shape, layer.num_groups, how), how.layout, shape)
         mean, var = (m.reshape(len(flat), -1) for m in group_moments(flat, layer.num_key_groups, how))
         self.moments.append(torch.stack((var, mean)).double())
-        self.sums.append(torch.stack([_sum(v) for v in (z, z * z, z * t, t, t * t)]))
+        self.sums.append(_sums(z, t))
         self.size.append(torch.full((len(flat), 1), flat.shape[2], dtype=torch.float64, device=x.device))
 
     def together(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,8 +83,14 @@ class Samples:
         return torch.cat(self.moments, 1), torch.cat(self.sums, 1), torch.cat(self.size)
 
 
-def _sum(v: Tensor) -> Tensor:
-    return v.sum(2, dtype=torch.float64)
+def _sums(z: Tensor, t: Tensor) -> Tensor:
+    """Products in float64 too, few instances at a time: in float32 a constant target would seem to vary."""
+    parts = []
+    few = max(_AT_ONCE // (z.shape[1:].numel() or 1), 1)
+    for a, b in zip(z.split(few), t.split(few), strict=True):
+        a, b = a.double(), b.double()
+        parts.append(torch.stack([v.sum(2) for v in (a, a * a, a * b, b, b * b)]))
+    return torch.cat(parts, 1)
 
 
 @dataclass(frozen=True)
@@ -93,8 +100,9 @@ class Fit:
     Attributes:
         images: instances seen, of all processes.
         explained_before, explained_after: share of the target's variance (over instances and positions, all channels
-            together) that the layer's output explains; at most 1.
-        degenerate: channels whose input or target hardly varies; they keep their start.
+            together) that the layer's output explains; at most 1. Of a target that does not vary it is the share of its
+            mean square, or of that of a standardized input if the target is smaller.
+        degenerate: channels whose input hardly varies; they keep their start.
     """
 
     images: int
@@ -127,18 +135,23 @@ def fit_(layer: ILMNorm, samples: Samples, *, ridge: float = RIDGE) -> Fit:
         raise ModelError("expected finite activations to fit a layer to, got others")
     count = summed(torch.tensor(float(len(size)), dtype=torch.float64, device=size.device))
     active = [i for i, column in enumerate(_columns(layer)) if column is not None]
-    spread = energy - right[:, 3] ** 2 / equations[:, 3, 3].clamp_min(1)
+    positions = equations[:, 3, 3].clamp_min(1)
+    spread = energy - right[:, 3] ** 2 / positions
 
     def missed(theta: Tensor) -> Tensor:
         quadratic = torch.einsum("ci,cij,cj->c", theta, equations, theta)
         return (energy - 2 * (theta * right).sum(1) + quadratic).clamp_min(0)
 
-    flat = (spread <= _TINY * energy.clamp_min(_TINY)) | (equations[:, 0, 0] <= _TINY)
+    flat = equations[:, 0, 0] <= _TINY * positions
     solution = _solve(equations, right, start, active, ridge)
-    keeps = flat | (missed(start) <= _ROUNDING * spread) | ~torch.isfinite(solution).all(1)
+    keeps = (
+        flat | (missed(start) <= torch.maximum(_ROUNDING * spread, _TINY * energy)) | ~torch.isfinite(solution).all(1)
+    )
     solution[keeps] = start[keeps]
     _set_(layer, solution.T)
-    shares = [float(1 - missed(theta).sum() / spread.sum().clamp_min(_TINY)) for theta in (start, solution)]
+    varies = spread.sum() > _TINY * energy.sum()
+    whole = (spread if varies else torch.maximum(energy, positions)).sum()
+    shares = [float(1 - missed(theta).sum() / whole) for theta in (start, solution)]
     return Fit(int(count), shares[0], shares[1], tuple(int(i) for i in flat.nonzero().flatten()))
 
 

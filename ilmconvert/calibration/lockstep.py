@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,8 +213,13 @@ class Walk:
 
     def spill(self, file: Path) -> None:
         """Put the values on disk; they are read back when the walk goes on."""
-        whole = tree_map_only(Tensor, torch.clone, self._values)  # views drag their base
-        torch.save(whole, file)
+        sharing = Counter(t.untyped_storage().data_ptr() for t in tensors_in(self._values))
+
+        def alone(tensor: Tensor) -> Tensor:
+            """A view drags its base; but what is written through one of several must reach the others."""
+            return tensor.clone() if sharing[tensor.untyped_storage().data_ptr()] == 1 else tensor
+
+        torch.save(tree_map_only(Tensor, alone, self._values), file)
         self._file, self._values = file, {}
 
     def _restore(self) -> None:

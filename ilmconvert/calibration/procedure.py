@@ -44,6 +44,7 @@ class Calibration:
     report: CalibrationReport
 
 
+@torch.inference_mode(False)
 def calibrate(
     original: nn.Module,
     converted: nn.Module,
@@ -188,7 +189,11 @@ def _layers(teacher: nn.Module, student: nn.Module) -> tuple[dict[str, ILMNorm],
         entry = find(norm)
         if not isinstance(entry, Entry):
             left[path] = f"the original has {type(norm).__name__} there, which is no known norm"
-        elif layer.mode == "paper" or not entry.handler.describe(norm).preserves:
+        elif layer.mode != "paper" and entry.handler.describe(norm).preserves:
+            continue
+        elif len(layer.normalized_shape) > 1:
+            left[path] = f"it has a scale for each of {layer.normalized_shape}, and channels alone can be fitted"
+        else:
             layers[path] = layer
     return layers, left
 

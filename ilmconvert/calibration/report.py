@@ -56,7 +56,7 @@ class CalibrationReport:
 
     @property
     def degenerate(self) -> dict[str, tuple[int, ...]]:
-        """Channels that kept their start because they hardly vary, by path."""
+        """Channels that kept their start because their input hardly varies, by path."""
         return {site.path: site.fit.degenerate for site in self.sites if site.fit.degenerate}
 
     def to_dict(self) -> dict[str, Any]:
@@ -79,7 +79,7 @@ class CalibrationReport:
             lines.append(f"  the fit was further from the original (KL {self.refused.kl:.2e}), so the start was kept")
         lines.append(f"  parameters added by the ILM layers: {self.added_parameters:,}")
         if self.degenerate:
-            count = sum(len(channels) for channels in self.degenerate.values())
-            lines.append(f"  {count} channels hardly vary and kept their start, in {some(self.degenerate)}")
+            channels = plural(sum(map(len, self.degenerate.values())), "channel")
+            lines.append(f"  {channels} with an input that hardly varies kept the start, in {some(self.degenerate)}")
         lines += [f"  not fitted: {path}: {reason}" for path, reason in self.not_fitted.items()]
         return "\n".join(lines)

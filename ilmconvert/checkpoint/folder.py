@@ -19,7 +19,6 @@ import json
 import os
 import shutil
 import tempfile
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,10 +29,11 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
 from ilmconvert.checkpoint.card import model_card
+from ilmconvert.checkpoint.origin import timm_config, trusted_source
 from ilmconvert.checkpoint.weights import check_keys
 from ilmconvert.conversion import Conversion, size_of
 from ilmconvert.disk import writing
-from ilmconvert.errors import CheckpointError, IlmconvertError, NotFoundError, OutputExistsError, PlanError
+from ilmconvert.errors import CheckpointError, NotFoundError, OutputExistsError, PlanError
 from ilmconvert.jsonable import parse_json
 from ilmconvert.plan import Plan
 from ilmconvert.report import Report
@@ -116,7 +116,7 @@ def save(
     if unknown := sorted(set(records or {}) - set(RECORDS)):
         raise CheckpointError(f"expected records among {', '.join(RECORDS)}, got {', '.join(unknown)}")
     conversion = conversion.current()
-    source = Source("factory", factory, model_args or {}) if factory else _trusted(conversion)
+    source = Source("factory", factory, model_args or {}) if factory else trusted_source(conversion)
     plan, card = conversion.plan.to_json(), model_card(conversion, source, worked_on=bool(records))
     config = _json(_config(conversion, source))
     with write_beside(path, force=force) as folder:
@@ -166,8 +166,28 @@ def load(path: str | Path, *, model: nn.Module | None = None, trust_factory: boo
     return load_conversion(path, model=model, trust_factory=trust_factory).model
 
 
+@torch.inference_mode(False)
 def load_conversion(path: str | Path, *, model: nn.Module | None = None, trust_factory: bool = False) -> Conversion:
-    """As :func:`load`, with the plan, the report and the original norms: it can be reverted and saved again."""
+    """As :func:`load`, with the plan, the report and the original norms: it can be reverted and saved again.
+
+    Args:
+        path: the folder.
+        model: the rebuilt original, where the folder does not tell how to build it. It is left as it is.
+        trust_factory: as in :func:`load`.
+
+    Raises:
+        NotFoundError: no saved conversion.
+        CheckpointError: a damaged one, or weights that do not fit.
+        PlanError: ``model`` is not what the plan was made for.
+
+    Example:
+        >>> import ilmconvert, tempfile, timm
+        >>> conversion = ilmconvert.convert(timm.create_model("test_vit"))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     loaded = ilmconvert.load_conversion(conversion.save(f"{folder}/vit"))
+        >>> loaded.report == conversion.report, type(loaded.revert().norm).__name__
+        (True, 'LayerNorm')
+    """
     folder = Path(path)
     if not is_saved(folder):
         found = "a folder without them" if folder.is_dir() else "a file" if folder.exists() else "nothing"
@@ -245,34 +265,6 @@ def _umask() -> int:
     return mask
 
 
-def _trusted(conversion: Conversion) -> Source | None:
-    """The model's own source, if it does rebuild the same weights."""
-    if conversion.source is not None and conversion.source.kind == "factory":
-        if size_of(conversion.model) == conversion.parameters:  # the factory is not called again to know more
-            return conversion.source
-        warnings.warn(
-            f"{conversion.source.name} built a model of another size, so load() will need model=...; or give a factory "
-            "of this one to save()",
-            stacklevel=3,
-        )
-        return None
-    source = Source.of(conversion.model)  # as it is now: its head may have been reset since
-    if source is None:
-        return None
-    try:
-        json.dumps(source.model_args)
-        with torch.device("meta"):
-            rebuilt, _ = rewrite(build(source.name, model_args=source.model_args), conversion.plan)
-        check_keys(rebuilt.state_dict(), conversion.model.state_dict(), source.name)
-        _timm_config(conversion.model)
-    except (IlmconvertError, TypeError, ValueError, AttributeError) as error:
-        warnings.warn(
-            f"{source.name} does not rebuild this model, so load() will need model=...: {error}", stacklevel=3
-        )
-        return None
-    return source
-
-
 def _config(conversion: Conversion, source: Source | None) -> dict[str, Any]:
     from ilmconvert import __version__
 
@@ -286,17 +278,7 @@ def _config(conversion: Conversion, source: Source | None) -> dict[str, Any]:
         return {"ilmconvert": ours}
     if source.kind == "factory":
         return {"ilmconvert": {**ours, "factory": source.name, "model_args": source.model_args}}
-    return {**_timm_config(conversion.model), "ilmconvert": ours}
-
-
-def _timm_config(model: nn.Module) -> dict[str, Any]:
-    """The config.json that timm itself would write."""
-    from timm.models._hub import save_config_for_hf
-
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / CONFIG
-        save_config_for_hf(model, str(file))
-        return _read_json(file)
+    return {**timm_config(conversion.model), "ilmconvert": ours}
 
 
 def _source(config: dict[str, Any]) -> Source | None:
@@ -313,7 +295,7 @@ def _rebuild(folder: Path, config: dict[str, Any], trust_factory: bool) -> nn.Mo
     if source is None:
         raise CheckpointError(
             f"the folder {str(folder)!r} does not tell how to build its {config.get('ilmconvert', {}).get('model')}; "
-            "rebuild the original and load with ilmconvert.load(folder, model=original)"
+            "rebuild the original and give it to ilmconvert.load or load_conversion, as model=original"
         )
     if source.kind == "factory" and not trust_factory:
         raise CheckpointError(

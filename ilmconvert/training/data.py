@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset, TensorDataset
+from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
 from ilmconvert.errors import UsageError
 from ilmconvert.images import ImageBatches, image_batches
@@ -79,16 +79,25 @@ def _source(images: Images, model: nn.Module, options: RecoverOptions, labels: b
         return images
     if isinstance(images, Tensor):
         images = [images]
-    if hasattr(images, "__getitem__") and hasattr(images, "__len__") and not isinstance(images, (list, tuple)):
+    by_batch = isinstance(images, (list, tuple, IterableDataset))
+    if hasattr(images, "__getitem__") and hasattr(images, "__len__") and not by_batch:
         return images  # type: ignore[return-value]  # a map-style dataset
     if not isinstance(images, Iterable):
         raise UsageError(f"expected a folder, a dataset, a tensor or batches of images, got {type(images).__name__}")
     batches = [batch if isinstance(batch, (tuple, list)) else (batch,) for batch in images]
-    if not batches or any(len(batch) <= labels or not isinstance(batch[0], Tensor) for batch in batches):
-        wanted = "pairs (images, class numbers)" if labels else "tensors (N, 3, H, W)"
+    if not batches or not all(_is_batch(batch[: 1 + labels], 1 + labels) for batch in batches):
+        wanted = "pairs of batches (images, class numbers)" if labels else "tensors (N, 3, H, W)"
         raise UsageError(f"expected an iterable of {wanted}, got {len(batches)} batches of another form")
+    if len(sizes := {tuple(batch[0].shape[1:]) for batch in batches}) > 1:
+        raise UsageError(f"expected batches of images of one size, got {' and '.join(map(str, sorted(sizes)[:2]))}")
     columns = [torch.cat([batch[i] for batch in batches]) for i in range(1 + labels)]
     return TensorDataset(*columns)
+
+
+def _is_batch(parts: Sequence[Any], wanted: int) -> bool:
+    """Whether there are as many tensors as wanted, of one length."""
+    tensors = [part for part in parts if isinstance(part, Tensor) and part.ndim]
+    return len(tensors) == wanted and len({len(tensor) for tensor in tensors}) == 1
 
 
 def _split(source: Any, options: RecoverOptions) -> tuple[Any, Any]:

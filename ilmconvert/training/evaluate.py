@@ -8,23 +8,44 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ilmconvert.errors import UsageError
+from ilmconvert.errors import IlmconvertError, UsageError
 from ilmconvert.graph.inputs import first_tensor
-from ilmconvert.metrics import Comparison, Score, Scoring, Similarity, logits_of
+from ilmconvert.metrics import Comparison, Score, Scoring, Similarity, class_logits, logits_of
 from ilmconvert.training.data import ImageData
 from ilmconvert.training.options import RecoverOptions
 from ilmconvert.training.stream import Batch, held_out_loader
+from ilmconvert.wording import brief
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["Judge", "answers"]
+__all__ = ["Judge", "answers", "labels_of"]
+
+_LEFT_OUT = -100  # the class number that torch's cross-entropy passes over
 
 
 def answers(model: nn.Module, images: Tensor) -> Tensor:
     """The logits of a model, whatever device, dtype and output it has; it may change its (copy of the) images."""
     like = first_tensor(model)
     return logits_of(model(images.clone() if like is None else images.to(like.device, like.dtype, copy=True)))
+
+
+def labels_of(batch: Batch, logits: Tensor) -> Tensor:
+    """The class numbers of a batch, on the logits' device.
+
+    Raises:
+        UsageError: there are none, or they are not those of the model's classes.
+    """
+    labels, classes = batch.labels, class_logits(logits).shape[1]
+    if labels is None:
+        raise UsageError("expected images with class numbers, got images alone; give pairs (image, class number)")
+    if labels.is_floating_point():
+        raise UsageError(f"expected class numbers to be integers, got {labels.dtype}; give labels.long()")
+    if wrong := labels[(labels != _LEFT_OUT) & ((labels < 0) | (labels >= classes))].tolist():
+        raise UsageError(
+            f"expected class numbers from 0 to {classes - 1}, for the model's {classes} classes, got {wrong[0]}"
+        )
+    return labels.to(logits.device).long()
 
 
 class Judge:
@@ -54,6 +75,30 @@ class Judge:
         self._classes, self._device, self._on_broken = data.classes, accelerator.device, on_broken
         self._original = original
         self._wanted: list[Tensor | None] = []
+
+    @torch.no_grad()
+    def check(self, model: nn.Module) -> None:
+        """Run the first batch through the original and a model, which is in evaluation mode afterwards.
+
+        Raises:
+            ModelError: the outputs are no logits.
+            UsageError: the images are none that the models take.
+        """
+        images = next((batch.images for batch in self._loader if batch.images is not None), None)
+        if images is None:
+            return
+        try:
+            for each in (self._original, model.eval()):
+                if each is not None:
+                    answers(each, images)
+        except IlmconvertError:
+            raise
+        except Exception as error:  # a forward pass may raise anything
+            raise UsageError(
+                f"expected images that {type(model).__name__} can be called with: items (3, H, W) of a dataset, or "
+                f"batches (N, 3, H, W) of any other iterable; a batch of them, {tuple(images.shape)}, ends in "
+                f"{brief(error, 200)}"
+            ) from error
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> Similarity | Score:
@@ -92,12 +137,11 @@ class Judge:
         return known
 
     def _labels(self, batch: Batch, logits: Tensor) -> Tensor:
-        if batch.labels is None:
-            raise UsageError("expected images with class numbers, got images alone; give pairs (image, class number)")
-        if self._classes is not None and len(self._classes) != logits.shape[1]:
+        classes = class_logits(logits).shape[1]
+        if self._classes is not None and len(self._classes) != classes:
             raise UsageError(
-                f"expected a folder for each of the model's {logits.shape[1]} classes, found {len(self._classes)}; "
+                f"expected a folder for each of the model's {classes} classes, found {len(self._classes)}; "
                 f"give the model a head for them first: model.reset_classifier({len(self._classes)}) "
                 "(--reset-classifier on the command line)"
             )
-        return batch.labels
+        return labels_of(batch, logits)

@@ -35,8 +35,9 @@ def parameter_groups(
     name      parameters                                                               learning rate       weight decay
     ========  =======================================================================  ==================  ============
     ``meta``  of ILM layers: encoder, decoders and gains                               lr * meta_lr_scale  0
-    ``norm``  scale and shift of every norm, converted or not; all biases, and what    lr                  0
-              ``no_weight_decay()`` of the model, or of a module in it, names
+    ``norm``  scale and shift of every norm, converted or not; all biases and other    lr                  0
+              vectors, and what ``no_weight_decay()`` of the model, or of a module in
+              it, names
     ``rest``  everything else                                                          lr                  weight_decay
     ========  =======================================================================  ==================  ============
 
@@ -53,8 +54,8 @@ def parameter_groups(
             parameters stay as they are, whatever their ``requires_grad``.
 
     Returns:
-        Dicts with ``name``, ``params``, ``param_names``, ``lr`` and ``weight_decay``. A parameter with several names
-        (tied weights) is in the first group that any of them belongs to, under its first name.
+        Dicts with ``name``, ``params``, ``lr`` and ``weight_decay``; further groups can stand beside them. A parameter
+        with several names (tied weights) is in the first group that any of them belongs to.
 
     Raises:
         UsageError: no model, a pattern that matches nothing, a negative number, or nothing left to train.
@@ -74,13 +75,11 @@ def parameter_groups(
     kinds = _kinds(model)
     frozen = _frozen(model, freeze)
     settings = {"meta": (lr * meta_lr_scale, 0.0), "norm": (lr, 0.0), "rest": (lr, weight_decay)}
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad and p not in frozen}
+    trained = [p for p in model.parameters() if p.requires_grad and p not in frozen]
     groups = []
     for kind, (rate, decay) in settings.items():
-        members = {n: p for n, p in trained.items() if kinds[p] == kind}
-        if members:
-            named = {"params": list(members.values()), "param_names": list(members)}
-            groups.append({"name": kind, **named, "lr": rate, "weight_decay": decay})
+        if members := [p for p in trained if kinds[p] == kind]:
+            groups.append({"name": kind, "params": members, "lr": rate, "weight_decay": decay})
     if not groups:
         raise UsageError("expected parameters to train, but all are frozen; set requires_grad, or freeze less")
     return groups
@@ -99,7 +98,7 @@ def _kinds(model: nn.Module) -> dict[nn.Parameter, Kind]:
                 kinds.setdefault(parameter, "norm")
     undecayed = {parameter for module in model.modules() for parameter in _undecayed(module)}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name.rpartition(".")[2].endswith("bias") or parameter in undecayed:
+        if parameter.ndim <= 1 or name.rpartition(".")[2].endswith("bias") or parameter in undecayed:
             kinds.setdefault(parameter, "norm")
     for parameter in model.parameters():
         kinds.setdefault(parameter, "rest")

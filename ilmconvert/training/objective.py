@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ilmconvert.errors import UsageError
 from ilmconvert.graph.shadow import copy_model
-from ilmconvert.training.evaluate import answers
+from ilmconvert.metrics import class_logits
+from ilmconvert.training.evaluate import answers, labels_of
 from ilmconvert.training.losses import FeatureMatching, distillation
 from ilmconvert.training.options import RecoverOptions
 from ilmconvert.training.stream import Batch
@@ -41,23 +42,21 @@ class Objective:
         """The loss of ``model``, which may be wrapped (DDP).
 
         Raises:
-            UsageError: no image could be read, or class numbers are missing.
+            UsageError: no image could be read, or class numbers are missing or not the model's.
         """
         if batch.images is None:
             raise UsageError("expected readable images to train on, got none")
         if self.original is None:
-            return self._labelled(model, batch.images, batch.labels)
+            return self._labelled(model, batch, batch.images)
         if self._matching is None:
             return self._distilled(self.original, model, batch.images)
         with self._matching as matching:
             distance = self._distilled(self.original, model, batch.images)
             return distance + self._options.features * matching.loss()
 
-    def _labelled(self, model: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:
-        if labels is None:
-            raise UsageError("expected images with class numbers, got images alone; give pairs (image, class number)")
-        got = self._answers(model, images)
-        return F.cross_entropy(got, labels.to(got.device), label_smoothing=self._options.label_smoothing)
+    def _labelled(self, model: nn.Module, batch: Batch, images: Tensor) -> Tensor:
+        got = class_logits(self._answers(model, images))
+        return F.cross_entropy(got, labels_of(batch, got), label_smoothing=self._options.label_smoothing)
 
     def _distilled(self, original: nn.Module, model: nn.Module, images: Tensor) -> Tensor:
         with torch.no_grad():

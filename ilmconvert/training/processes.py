@@ -17,7 +17,7 @@ from ilmconvert.training.options import RecoverOptions
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["from_main", "prepare", "processes"]
+__all__ = ["from_main", "prepare", "processes", "same_buffers_"]
 
 
 @contextlib.contextmanager
@@ -86,3 +86,11 @@ def from_main(accelerator: Accelerator, value: float) -> float:
     from accelerate.utils import broadcast_object_list
 
     return float(broadcast_object_list([value])[0])
+
+
+def same_buffers_(model: nn.Module) -> None:
+    """Give all processes the main one's running statistics: DDP does so before a step, not after, and FSDP never."""
+    if several():
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                distributed.broadcast(buffer, 0)

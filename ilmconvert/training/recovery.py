@@ -63,7 +63,7 @@ def recover(
         on_evaluation: called with each measurement of this session, in the main process.
 
     Raises:
-        UsageError: options, images or labels that do not go together.
+        UsageError: options, images, labels or models that do not go together.
         CheckpointError: nothing to resume, or a run of another model, other images or other options.
         IlmconvertError: ``accelerate`` is not installed.
 

@@ -33,6 +33,7 @@ CHECKPOINT = "checkpoint.safetensors"
 JOURNAL = "recover.jsonl"
 _NEW = f".{CHECKPOINT}.new"
 _FULL = StateDictOptions(full_state_dict=True)
+_PARTLY = StateDictOptions(full_state_dict=True, strict=False)  # a parameter that no loss has reached yet has no state
 
 
 @dataclass(frozen=True)
@@ -126,4 +127,4 @@ def restore_(state: RunState, model: nn.Module, optimizer: torch.optim.Optimizer
         return
     groups = get_optimizer_state_dict(model, optimizer, options=_FULL)["param_groups"]
     whole: Any = {"state": state.optimizer, "param_groups": groups}
-    set_optimizer_state_dict(model, optimizer, whole, options=_FULL)
+    set_optimizer_state_dict(model, optimizer, whole, options=_PARTLY)

@@ -1,8 +1,8 @@
 """Datasets as streams of batches.
 
 Order, augmentation and substitution of broken files are functions of the seed and of an image's place in the endless
-stream of training images. So a run that goes on from step ``n``, with any number of processes or workers, sees what it
-would have seen without the break.
+stream of training images, or among those held out. So a run that goes on from step ``n``, with any number of processes
+or workers, sees what it would have seen without the break.
 """
 
 from __future__ import annotations
@@ -74,16 +74,18 @@ class _Draws(Dataset[Batch]):
 
 @dataclass(frozen=True)
 class _InOrder(Dataset[Batch]):
-    """Items of a dataset as they are; a broken file gives a batch without images."""
+    """Items of a dataset, the same at every pass: random transforms draw from the seed. A broken file gives none."""
 
     source: Any
     indices: Sequence[int]
+    seed: int
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> Batch:
-        item, broken = _read(self.source, self.indices[index])
+        with _seeded((self.seed << 32) + self.indices[index]):
+            item, broken = _read(self.source, self.indices[index])
         return Batch(None, None, broken) if item is None else _batch(item, broken)
 
 
@@ -162,7 +164,9 @@ def training_stream(
 def held_out_loader(images: Dataset[Any], options: RecoverOptions, rank: int, world_size: int) -> Iterable[Batch]:
     """One process's share of the held-out images, in order; every pass gives the same batches."""
     indices = range(rank, len(images), world_size)  # type: ignore[arg-type]
-    return _loader(_InOrder(images, indices), options, batch_size=max(options.batch_size // world_size, 1))
+    return _loader(
+        _InOrder(images, indices, options.seed), options, batch_size=max(options.batch_size // world_size, 1)
+    )
 
 
 def _loader(dataset: Dataset[Batch], options: RecoverOptions, **how: Any) -> DataLoader[Batch]:

@@ -24,7 +24,7 @@ from ilmconvert.training.evaluate import Judge
 from ilmconvert.training.groups import parameter_groups
 from ilmconvert.training.objective import Objective, freeze_unreached_
 from ilmconvert.training.options import RecoverOptions
-from ilmconvert.training.processes import from_main, prepare
+from ilmconvert.training.processes import from_main, prepare, same_buffers_
 from ilmconvert.training.result import Evaluation, Recovery, RecoveryReport, to_jsonl
 from ilmconvert.training.state import JOURNAL, full_weights, read_state, restore_, write_state
 from ilmconvert.training.stream import Batch, training_stream
@@ -78,6 +78,9 @@ class Trainer:
         }
         teacher = None if original is None else self._placed(original).eval().requires_grad_(False)
         self._candidate = self._placed(converted)  # whole in every process: what is measured
+        self._broken: dict[str, str] = {}
+        self._judge = Judge(data, options, teacher, accelerator, self._broken.update)
+        self._judge.check(self._candidate)
         student = _widened(self._placed(converted))
         self._trained = self._freeze(student)
         if accelerator.num_processes > 1:
@@ -86,8 +89,6 @@ class Trainer:
         self._objective = Objective(accelerator, teacher, student, options)
         self._model, self._optimizer = prepare(accelerator, student, lambda: self._groups(student), options)
         self._rates = [group["lr"] for group in self._optimizer.param_groups]
-        self._broken: dict[str, str] = {}
-        self._judge = Judge(data, options, teacher, accelerator, self._broken.update)
         self._steps = options.total_steps(len(data.train))  # type: ignore[arg-type]
         self._every = options.evaluate_every or (max(self._steps // 20, 1) if self._steps else 50)
         self._step, self._evaluations = 0, list[Evaluation]()
@@ -152,6 +153,7 @@ class Trainer:
     def _measure(self, lr: float, loss: Tensor | None, folder: Path | None) -> None:
         """Measure the present weights, keep them if they are the best, and save the run."""
         began = time.monotonic()
+        same_buffers_(self._model)
         self._candidate.load_state_dict(full_weights(self._model))
         measured = self._judge(self._candidate)
         mean = None if loss is None else float(self._accelerator.reduce(loss, "mean"))

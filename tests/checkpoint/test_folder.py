@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -160,6 +161,38 @@ def test_model_changed_by_hand_is_saved_with_a_warning(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="test_resnet does not rebuild this model"):
         folder = conversion.save(tmp_path / "saved")
     assert same_state(conversion.model, ilmconvert.load(folder, model=model))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda m: setattr(m, "act1", nn.SiLU()), r"'act1' is \S+\.SiLU\(\) instead of \S+\.ReLU\(inplace=True\)$"),
+        (lambda m: setattr(m, "maxpool", nn.Identity()), r"'maxpool' is nothing instead of \S+\.MaxPool2d\("),
+        (lambda m: setattr(m.layer1[0].conv1, "padding_mode", "reflect"), r"mode=reflect\) instead of \S+Conv2d\("),
+        (lambda m: m.layer2.append(nn.Flatten(0, 0)), r"'layer2.1' is \S+\.Flatten\(.*\) instead of nothing$"),
+    ],
+)
+def test_a_change_that_no_weight_shows_is_saved_with_a_warning(
+    change: Callable[[nn.Module], object], told: str, tmp_path: Path
+) -> None:
+    model = timm.create_model("test_resnet").eval()
+    change(model)
+    conversion, x = ilmconvert.convert(model), torch.randn(2, 3, 64, 64)
+    with pytest.warns(UserWarning, match=f"^test_resnet does not rebuild this model, .* model=...: .*{told}"):
+        folder = conversion.save(tmp_path / "saved")
+    with pytest.raises(CheckpointError, match="does not tell how to build its ResNet"):
+        ilmconvert.load(folder)
+    assert torch.equal(ilmconvert.load(folder, model=model)(x), conversion.model(x))
+
+
+def test_what_timm_itself_changes_is_saved_without_a_warning(tmp_path: Path) -> None:
+    model = timm.create_model("test_vit", drop_path_rate=0.2, drop_rate=0.1, qk_norm=True)
+    model.set_input_size(img_size=64)
+    model.set_grad_checkpointing()
+    model.reset_classifier(4, "avg")
+    conversion, x = ilmconvert.convert(model.train()), torch.randn(2, 3, 64, 64)
+    loaded = ilmconvert.load(conversion.save(tmp_path / "saved"))  # a warning is an error here
+    assert torch.equal(loaded(x), conversion.model.eval()(x))
 
 
 def test_nothing_is_overwritten_without_force(tmp_path: Path) -> None:

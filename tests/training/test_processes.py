@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 import timm
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import ilmconvert
 
@@ -104,6 +106,14 @@ def test_killed_and_gone_on_with(more: list[str]) -> None:
     assert same_course(log(name), log("one"))
 
 
+def run_script(code: str) -> None:
+    Path("script.py").write_text(code)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, *TORCHRUN, "script.py"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert result.returncode == 0, result.stderr
+
+
 def test_fsdp_shards() -> None:
     code = """
 import torch, torch.nn as nn
@@ -120,9 +130,7 @@ with processes(options) as accelerator:
     assert {p for g in optimizer.param_groups for p in g["params"]} == set(model.parameters())
     assert full_weights(model)["weight"].shape == whole.shape
 """
-    Path("shards.py").write_text(code)
-    result = subprocess.run([sys.executable, *TORCHRUN, "shards.py"], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
+    run_script(code)
 
 
 @pytest.mark.parametrize("fsdp", [False, True])
@@ -138,8 +146,22 @@ held = torch.randn(4, 3, 8, 8)
 recovery = ilmconvert.recover(model, converted, x, held_out_images=held, steps=3, batch_size=4, fsdp={fsdp}, lr=1e-3)
 assert len(recovery.report.evaluations) == 4
 """
-    Path("reach.py").write_text(code)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, *TORCHRUN, "reach.py"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert result.returncode == 0, result.stderr
+    run_script(code)
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_a_batch_norm_that_stays_is_the_same_in_every_process(fsdp: bool) -> None:
+    code = f"""
+import os, torch, ilmconvert
+from safetensors.torch import save_file
+from tests.training.problem import conversion, images, original
+model = original()
+student = conversion(model, exclude="4").model
+torch.nn.init.zeros_(student[-1].weight)
+recovery = ilmconvert.recover(model, student, images(48), steps=4, batch_size=16, held_out=0.2, fsdp={fsdp}, lr=1e-2)
+assert recovery.report.best.step > 0
+save_file(recovery.model.state_dict(), f"{{os.environ['RANK']}}.safetensors")
+"""
+    run_script(code)
+    first, second = (load_file(f"{rank}.safetensors") for rank in (0, 1))
+    assert all(torch.equal(second[name], tensor) for name, tensor in first.items())

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import random
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import IterableDataset, TensorDataset
 
 import ilmconvert
 from ilmconvert.errors import CheckpointError, ModelError, UsageError
@@ -140,6 +141,20 @@ def test_half_precision_models_train_in_float32_and_come_back_in_half(teacher: n
     assert recovery.report.best.measured.kl < recovery.report.start.measured.kl
 
 
+def test_a_single_logit_is_learned_as_a_yes_or_no() -> None:
+    teacher = original()
+    teacher[-1] = nn.Linear(32, 1)
+    student, x = conversion(teacher).model, images(16)
+    losses = [
+        ilmconvert.recover(teacher, student, *given, steps=1, batch_size=8, held_out=0.5, **how)
+        .report.evaluations[1]
+        .loss
+        for given, how in (((x,), {}), (([(x, torch.arange(16) % 2)],), {"labels": True}))
+    ]
+    assert losses[0] > 1e-4  # a softmax over one class is 1 whatever the models say
+    assert 0.3 < losses[1] < 1.5
+
+
 def test_a_time_limit_is_kept(teacher: nn.Module, student: nn.Module) -> None:
     told = []
     recovery = ilmconvert.recover(
@@ -211,6 +226,7 @@ def test_candidates_are_compared_by_agreement_then_kl() -> None:
 
 
 def test_a_broken_off_run_takes_the_same_course(teacher: nn.Module, student: nn.Module, tmp_path: Path) -> None:
+    student[2].auxiliary = nn.Linear(3, 3)  # a head that the answers do not depend on gets no gradient
     whole = ilmconvert.recover(teacher, student, images(60), **SHORT)
 
     class Killed(Exception):  # noqa: N818
@@ -293,6 +309,16 @@ def test_gradients_are_clipped(teacher: nn.Module, student: nn.Module) -> None:
         assert (abs(last - start) > 1e-3 * start) is moves
 
 
+class OneByOne(IterableDataset[Tensor]):
+    """Single images, with a length and what its base class has of ``__getitem__``."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(images(8))
+
+
 def test_wrong_requests_are_refused(teacher: nn.Module, student: nn.Module, tmp_path: Path) -> None:
     x = images(8)
     for arguments, options, message in (
@@ -306,6 +332,21 @@ def test_wrong_requests_are_refused(teacher: nn.Module, student: nn.Module, tmp_
         ((teacher, student, x[:1]), {}, "at least 2 images"),
         ((teacher, student, tmp_path / "none"), {}, "expected a folder of images"),
         ((teacher, student, 3), {}, "expected a folder, a dataset"),
+        ((teacher, student, x[:, :1]), {}, r"^expected images that Sequential .*, \(1, 1, 16, 16\), ends in Runtime"),
+        (
+            (teacher, student, list(x)),
+            {},
+            r"batches \(N, 3, H, W\) of any other iterable; a batch of them, \(2, 16, 16\)",
+        ),
+        ((teacher, student, OneByOne()), {}, r"a batch of them, \(2, 16, 16\), ends in"),
+        ((teacher, student, [x, x[..., :8]]), {}, r"of one size, got \(3, 16, 8\) and \(3, 16, 16\)$"),
+        ((None, student, [(image, 1) for image in x]), {"labels": True}, "^expected an iterable of pairs of batches"),
+        (
+            (None, student, [(x, torch.full((8,), 9))]),
+            {"labels": True},
+            "from 0 to 7, for the model's 8 classes, got 9$",
+        ),
+        ((None, student, [(x, torch.rand(8))]), {"labels": True}, "to be integers, got torch.float32; give"),
     ):
         with pytest.raises(UsageError, match=message):
             ilmconvert.recover(*arguments, **{"steps": 1} | options)

@@ -47,6 +47,19 @@ def test_breaks_processes_and_workers_change_nothing() -> None:
         assert torch.equal(torch.stack((a, b), 1).flatten(0, 1), step)
 
 
+def test_every_pass_over_the_held_out_images_is_the_same() -> None:
+    def measured_on(rank: int = 0, world_size: int = 1) -> list[Tensor]:
+        loader = held_out_loader(Numbers(), RecoverOptions(batch_size=2 * world_size, seed=5), rank, world_size)
+        first, second = (torch.cat([batch.images for batch in loader]) for _ in range(2))
+        assert torch.equal(first, second)
+        return first
+
+    state, whole = torch.get_rng_state(), measured_on()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(whole[:, 1:].unique(dim=0)) == 7
+    assert torch.equal(measured_on(1, 2), whole[1::2])
+
+
 def test_each_epoch_has_every_image_once_in_another_order() -> None:
     order = torch.cat(take(7))[:, 0].reshape(4, 7)
     assert all(sorted(epoch) == list(range(7)) for epoch in order.tolist())
