@@ -23,12 +23,12 @@ def some(names: Iterable[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def one_line(error: object, most: int = 300) -> str:
-    """The beginning of an error's message, in one line."""
+def one_line(error: object, most: int | None = 300) -> str:
+    """The beginning of an error's message, or all of it for None, in one line."""
     return " ".join(str(error).split())[:most]
 
 
-def brief(error: BaseException, most: int = 300) -> str:
+def brief(error: BaseException, most: int | None = 300) -> str:
     r"""An error's class, and the beginning of its message, in one line.
 
     Example:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import resource
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+import pytest
 import torch
 from torch import Tensor, nn
+
+needs_dot = pytest.mark.skipif(shutil.which("dot") is None, reason="needs graphviz's dot: apt-get install graphviz")
 
 
 @torch.no_grad()

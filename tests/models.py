@@ -71,7 +71,7 @@ class Bypass(nn.Module):
         self.norm = nn.LayerNorm(16)
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(self.norm, nn.LayerNorm):
+        if type(self.norm).__name__ == "LayerNorm":  # a name is not seen beforehand
             return self.norm(x)
         return F.layer_norm(x, (16,), self.norm.weight, self.norm.bias)
 

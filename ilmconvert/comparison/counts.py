@@ -65,5 +65,5 @@ def count(model: nn.Module, inputs: Inputs, mode: FakeTensorMode) -> Counted:
                 inputs.map(mode.from_tensor)(model)
             macs = counter.get_total_flops() // 2
         except Exception as failure:  # a forward pass may raise anything; the reason is told
-            error = brief(failure)
+            error = brief(failure, None)
     return Counted(shapes, sizes, macs, tuple(tuple(t.shape) for t in inputs.tensors()), error)

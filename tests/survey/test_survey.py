@@ -92,7 +92,7 @@ def test_layer_that_loses_its_gradients_is_a_failure(monkeypatch: pytest.MonkeyP
             x = self.first(x)
             self.third(x)
             y = self.second(x)
-            return y if isinstance(self.second, nn.LayerNorm) else x
+            return y if type(self.second).__name__ == "LayerNorm" else x
 
     made = Inputs((torch.zeros(2, 4, device="meta"),))
     monkeypatch.setattr("ilmconvert.survey.libraries.of_timm.build", lambda name: Bypassing())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import sys
 from xml.etree import ElementTree
@@ -13,9 +12,9 @@ import pytest
 from ilmconvert.comparison.render.image import source
 from ilmconvert.errors import IlmconvertError, UsageError
 from tests.comparison.models import every_kind, hostile_diff
+from tests.helpers import needs_dot
 
 graphviz = pytest.importorskip("graphviz", reason="needs the package graphviz: pip install -e '.[diagram]'")
-needs_dot = pytest.mark.skipif(shutil.which("dot") is None, reason="needs graphviz's dot: apt-get install graphviz")
 
 
 def drawn_texts(svg: bytes) -> list[str]:
