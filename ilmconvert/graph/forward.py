@@ -69,7 +69,7 @@ def in_place(name: str, value: Any, other: Any) -> Any:
     return getattr(operator, name)(value, other)
 
 
-_saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # since torch 2.7
+_saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # torch 2.6 has none
 
 
 def _surroundings() -> tuple[Any, ...]:

@@ -42,6 +42,6 @@ def transformed(x: Tensor) -> bool:
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
         return True
     if torch.compiler.is_compiling():
-        exporting = getattr(torch.compiler, "is_exporting", bool)  # since torch 2.7
+        exporting = getattr(torch.compiler, "is_exporting", bool)  # torch 2.6 has none
         return not torch.compiler.is_dynamo_compiling() or exporting()
     return torch.jit.is_tracing() or type(x) not in (Tensor, torch.nn.Parameter)  # type: ignore[attr-defined, no-untyped-call]
