@@ -147,7 +147,7 @@ class Recovers(nn.Module):
 def test_call_after_an_error_is_still_the_owners() -> None:
     (decision,) = ilmconvert.inspect(Recovers(), example_inputs=torch.randn(TOKENS)).plan.decisions
     assert (decision.path, decision.site.input_shapes) == ("layer_norm_gamma", (TOKENS,))
-    assert "its traced forward fails with RuntimeError" in (decision.reason or "")
+    assert "the forward around it fails with RuntimeError" in (decision.reason or "")
 
 
 class Several(nn.Module):

@@ -207,7 +207,7 @@ class Borrowing(nn.Module):
         (DropsLayersByTorch(), "random number"),
         (Checkpointed(), "checkpointed"),
         (ContainerDefault(), "'scales' has a container"),
-        (AsksForTensor(), "does what torch.fx does not see"),
+        (AsksForTensor(), "does something else with what it is given"),
         (Calling(TakesLists(), lambda child, x: child([x, x])), "fails with AttributeError"),
         (Calling(TakesMask(), lambda child, x: child(x, None)), "fails with TypeError"),
     ],

@@ -127,11 +127,11 @@ class _Recorder(TorchFunctionMode):
         try:
             output = forward(before.module, *before.args, **before.kwargs)
         except Exception as failure:  # written for other inputs, it may raise anything
-            return f"with what it is given here, its traced forward fails with {brief(failure)}"
+            return f"written anew from torch.fx's graph, the forward around it fails with {brief(failure)}"
         finally:
             self.again, self.running = False, []
         if (now.steps, _kinds(output)) != (before.steps, before.output):
-            return "with what it is given here, it does what torch.fx does not see"
+            return "written anew from torch.fx's graph, the forward around it does something else with what it is given"
         return None
 
 
