@@ -1,6 +1,7 @@
 """How much of a converted network comes back when it is trained to answer as its original, without labels.
 
-EfficientNet-Lite0 with ImageNet weights; crops of photographs to train on, and of other photographs to measure on.
+EfficientNet-Lite0 with ImageNet weights; crops of five photographs to train on. Measured on other crops of the same
+photographs, of which some choose the best candidate and some do not, and on crops of three other photographs.
 
 Run: ``python -m benchmarks.recover [FOLDER]`` (needs ``pip install -e '.[bench,train]'``). FOLDER is a saved conversion
 to start from, a calibrated one for instance; without it, the bare conversion. ``--paper`` starts from the paper's own
@@ -22,7 +23,7 @@ from benchmarks.common import agreement, crops, lite0, photographs, write
 from ilmconvert.training.groups import META_LR_SCALE
 
 SIZE = 128
-HELD_OUT = 3  # photographs that are measured on only
+OTHERS = 3  # photographs that are measured on only
 
 
 def files(images: list[Tensor], folder: Path) -> Path:
@@ -59,13 +60,21 @@ def main() -> None:
     model = lite0()
     converted = start(given, model)
     pictures = photographs()
-    held_out = crops(pictures[-HELD_OUT:], 80, model.pretrained_cfg, size=SIZE, seed=1)
-    unseen = crops(pictures[-HELD_OUT:], 80, model.pretrained_cfg, size=SIZE, seed=2)  # not used to choose the best
+    same, other = pictures[:-OTHERS], pictures[-OTHERS:]
+    held_out, again, elsewhere = (
+        crops(images, 240 // len(images), model.pretrained_cfg, size=SIZE, seed=seed)
+        for images, seed in ((same, 1), (same, 2), (other, 2))
+    )
+    measured = {
+        "held out": held_out,
+        "further crops of the photographs trained on": again,
+        "crops of other photographs": elsewhere,
+    }
     with tempfile.TemporaryDirectory() as folder:
         recovery = ilmconvert.recover(
             model,
             converted,
-            files(pictures[:-HELD_OUT], Path(folder)),
+            files(same, Path(folder)),
             held_out_images=held_out,
             minutes=given.minutes,
             lr=given.lr,
@@ -79,7 +88,7 @@ def main() -> None:
         )
     rows = [
         {"when": when, "images": images, **agreement(model, net.eval(), x)}
-        for images, x in (("held out", held_out), ("other crops of them", unseen))
+        for images, x in measured.items()
         for when, net in (("start", converted), ("recovered", recovery.model))
     ]
     along = [
