@@ -112,6 +112,12 @@ def train(model: nn.Module, data: Data, *, batch_size: int, epochs: int, lr: flo
     return model
 
 
+def trained(seed: int) -> tuple[Data, Data, nn.Module]:
+    """Training data, test data, and the network with Batch Norm trained on the first."""
+    data, test = digits(seed)
+    return data, test, train(network(seed), data, batch_size=32, epochs=12, lr=0.1, seed=seed).eval()
+
+
 @torch.no_grad()
 def accuracy(model: nn.Module, data: Data) -> float:
     return 100 * (model.eval()(data[0]).argmax(1) == data[1]).float().mean().item()
@@ -132,6 +138,9 @@ CONVERSIONS: dict[str, dict[str, Any]] = {
     "ILM group (8), silent predictor": {"bn_to": "group", "num_groups": 8, "gains": False},
 }
 
+PAPER = "ILM group (8), mode paper"
+MODE_PAPER: dict[str, Any] = {"bn_to": "group", "num_groups": 8, "mode": "paper"}
+
 
 def starts(model: nn.Module, images: Tensor) -> dict[str, tuple[nn.Module, nn.Module]]:
     """(straight after conversion, calibrated with the images) by name."""
@@ -150,8 +159,7 @@ def convert() -> None:
     """Before, after conversion, after calibration with 64 images, after an epoch at batch size 2."""
     figures: dict[str, dict[str, list[float]]] = {}
     for seed in SEEDS:
-        data, test = digits(seed)
-        model = train(network(seed), data, batch_size=32, epochs=12, lr=0.1, seed=seed).eval()
+        data, test, model = trained(seed)
         for name, (converted, calibrated) in starts(model, data[0][:64]).items():
             row = figures.setdefault(name, {"original": [], "converted": [], "calibrated": [], "epoch at batch 2": []})
             tuned = train(copy.deepcopy(calibrated), data, batch_size=2, epochs=1, lr=0.01, seed=seed)
@@ -165,8 +173,7 @@ def shift() -> None:
     """Fine-tuning to a shifted domain with 100 and 300 labels at batch size 2."""
     figures: dict[str, dict[str, list[float]]] = {}
     for seed in SEEDS:
-        data, test = digits(seed)
-        model = train(network(seed), data, batch_size=32, epochs=12, lr=0.1, seed=seed).eval()
+        data, test, model = trained(seed)
         few, unseen = shifted((data[0][:300], data[1][:300]), seed), shifted(test, seed + 100)
         for name, (_, calibrated) in starts(model, data[0][:64]).items():
             row = figures.setdefault(name, {"before": [], "100 labels": [], "300 labels": []})
@@ -179,37 +186,32 @@ def shift() -> None:
     table("digits_shift", figures, seeds=len(SEEDS), shift="inverted, turned by up to 60 degrees, noise 0.5")
 
 
-LOSSY: dict[str, dict[str, Any]] = {
-    "ILM group (8), silent predictor": {"bn_to": "group", "num_groups": 8, "gains": False},
-    "ILM group (8), mode paper": {"bn_to": "group", "num_groups": 8, "mode": "paper"},
-}
-
-
 def recover() -> None:
     """Conversions that lose accuracy, trained without labels to answer as the original; at the default options."""
+    silent = "ILM group (8), silent predictor"
+    lossy = {silent: CONVERSIONS[silent], PAPER: MODE_PAPER}
     figures: dict[str, dict[str, list[float]]] = {}
     for seed in SEEDS:
-        data, test = digits(seed)
-        model = train(network(seed), data, batch_size=32, epochs=12, lr=0.1, seed=seed).eval()
-        for name, options in LOSSY.items():
+        data, test, model = trained(seed)
+        for name, options in lossy.items():
             converted = ilmconvert.convert(model, example_inputs=data[0][:2], **options).model
-            recovered = ilmconvert.recover(model, converted, data[0], seed=seed).model
+            recovery = ilmconvert.recover(model, converted, data[0], seed=seed)
             row = figures.setdefault(name, {"original": [], "converted": [], "recovered": []})
-            for key, value in zip(row, (model, converted, recovered), strict=True):
+            for key, value in zip(row, (model, converted, recovery.model), strict=True):
                 row[key].append(accuracy(value, test))
         print({name: {k: v[-1] for k, v in row.items()} for name, row in figures.items()}, flush=True)
-    table("digits_recover", figures, seeds=len(SEEDS), training_images=1400, epochs=10)
+    report = recovery.report
+    table("digits_recover", figures, seeds=len(SEEDS), training_images=report.images, held_out=report.held_out)
 
 
 def scratch() -> None:
     """Training from scratch at several batch sizes, on few and noisy images so that the task does not saturate."""
 
     def ilm(model: nn.Module) -> nn.Module:
-        options = {"bn_to": "group", "num_groups": 8, "mode": "paper"}
-        return ilmconvert.convert(model, example_inputs=torch.randn(2, 1, 16, 16), **options).model
+        return ilmconvert.convert(model, example_inputs=torch.randn(2, 1, 16, 16), **MODE_PAPER).model
 
     kinds: dict[str, Callable[[nn.Module], nn.Module]] = {"BatchNorm": copy.deepcopy, "GroupNorm (8)": group_norm}
-    kinds["ILM group (8), mode paper"] = ilm
+    kinds[PAPER] = ilm
     figures: dict[str, dict[str, list[float]]] = {name: {} for name in kinds}
     for seed in SEEDS:
         data, test = digits(seed)
