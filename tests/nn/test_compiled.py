@@ -61,7 +61,7 @@ def test_one_graph_for_every_batch_size(kind: str) -> None:
 
 
 @pytest.mark.parametrize("dynamic", [True, None])
-@pytest.mark.parametrize("positions", [(32,), (7,), ()], ids=str)  # if known, 16 rows at once are summed, 7, or all
+@pytest.mark.parametrize("positions", [(32,), (7,), (), (1024,)], ids=str)  # 16 rows are summed at once, 7, all; pairs
 def test_one_graph_for_tokens(positions: tuple[int, ...], dynamic: bool | None) -> None:
     model = speaking(ILMNorm(48, standardization=Standardization(layout="token")))
     compiled_once(model, [torch.randn(n, *positions, 48) for n in (6, 16, 33)], dynamic=dynamic)

@@ -310,6 +310,27 @@ def test_other_instances_do_not_feel_a_broken_one(
         assert relative(found, clean) < 1e-3
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at it, whatever the input
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("keys", "hidden"), [(3, 2), (1, 1)])
+def test_many_tokens_give_what_they_give_in_parts(keys: int, hidden: int, compiled: bool) -> None:
+    layer = ILMNorm(48, num_key_groups=keys, hidden_features=hidden, standardization=TOKEN, dtype=torch.float64)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.7)
+    x = torch.randn(2048, 48, dtype=torch.float64)
+    torch._dynamo.reset()
+    forward = torch.compile(layer, backend="aot_eager") if compiled else layer
+    results = []
+    for parts in (1, 2):
+        layer.zero_grad()
+        values = x.clone().requires_grad_()
+        y = torch.cat([forward(part) for part in values.chunk(parts)])
+        y.backward(gradient(y))
+        results.append([y, values.grad, *(p.grad for p in layer.parameters())])
+    for whole, found in zip(*results, strict=True):
+        assert relative(found, whole) < 1e-12
+
+
 def test_blocks_of_one_channel() -> None:
     layer = ILMNorm(4, 1, num_key_groups=4, hidden_features=8, num_blocks=4, mode="paper")
     x = torch.randn(2, 4, 4, 4, requires_grad=True)
@@ -334,9 +355,11 @@ def test_an_empty_batch_gives_gradients_of_zeros() -> None:
     [
         ({"num_features": 32, "num_groups": 1, "num_key_groups": 1, "hidden_features": 2}, (3, 32, 6, 5)),
         ({"num_features": 32, "num_groups": 2, "num_key_groups": 2, "hidden_features": 1}, (3, 32, 6, 5)),
-        ({"num_features": 384, "standardization": Standardization(layout="token"), "hidden_features": 1}, (3, 7, 384)),
+        ({"num_features": 384, "standardization": TOKEN, "hidden_features": 1}, (3, 7, 384)),
+        ({"num_features": 48, "standardization": TOKEN, "hidden_features": 1}, (2, 1024, 48)),
+        ({"num_features": 16, "standardization": TOKEN, "hidden_features": 2}, (2, 1024, 16)),
     ],
-    ids=["one key group", "a narrow embedding", "tokens"],
+    ids=["one key group", "a narrow embedding", "tokens", "many tokens", "many tokens of one key group"],
 )
 def test_gradients_have_the_strides_of_their_parameters(arguments: dict[str, Any], shape: tuple[int, ...]) -> None:
     """Those with dimensions of one too: the buckets of DDP ask for them."""
