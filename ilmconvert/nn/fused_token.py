@@ -95,7 +95,7 @@ class _Arithmetic(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, *parameters: Any) -> Tensor:
         *tensors, config = parameters
         weight, bias, *meta = tensors[:5]
-        (channels,), width = config.shape, config.shape[0] // config.num_key_groups
+        share, width = 1 / config.shape[0], config.shape[0] // config.num_key_groups  # not divided for every token anew
         rows = x.view(-1, config.num_key_groups, width)
         sums = rows.sum(2)
         mean = sums / width
@@ -103,9 +103,9 @@ class _Arithmetic(torch.autograd.Function):
         encoder, *decoders = meta
         keys = _predict(key_features(power, sums, None, None), (encoder / width, *decoders))
         for_scale, for_shift = keys.decoded.view(2, *sums.shape, 1).unbind()
-        mu = sums.sum(1, keepdim=True) / channels
+        mu = sums.sum(1, keepdim=True) * share
         between = (mean - mu).square().sum(1, keepdim=True) * width
-        rstd = torch.rsqrt((power.sum(1, keepdim=True) + between) / channels + config.how.eps)
+        rstd = torch.rsqrt((power.sum(1, keepdim=True) + between) * share + config.how.eps)
         standardized = (rows - mu.unsqueeze(2)) * rstd.unsqueeze(2)
         y = _own(weight, rows, 1.0) * standardized + _own(bias, rows, 0.0)
         y = y + for_scale * (standardized * 0.5) + for_shift
@@ -118,7 +118,7 @@ class _Arithmetic(torch.autograd.Function):
         inputs, (mu, rstd, *kept) = split_saved(ctx.saved_tensors)
         x, weight, bias, encoder = inputs[:4]
         keys, config = Branches(*kept), ctx.config
-        width = config.shape[0] // config.num_key_groups
+        share, width = 1 / config.shape[0], config.shape[0] // config.num_key_groups
         rows = x.view(-1, config.num_key_groups, width)
         g, tokens = grad.reshape(rows.shape), x.view(len(rows), -1) - mu
         flat = grad.reshape(tokens.shape)
@@ -128,9 +128,9 @@ class _Arithmetic(torch.autograd.Function):
         a = d_features[0] * 2
         b = torch.addcmul(d_features[1], a, keys.features[1].view_as(a) / width, value=-1)
         half, weighted = keys.decoded[0].view_as(a) * 0.5, flat if weight is None else flat * weight
-        first = (weighted.sum(1, keepdim=True) + (half * d_shift).sum(1, keepdim=True)) / tokens.shape[1]
+        first = (weighted.sum(1, keepdim=True) + (half * d_shift).sum(1, keepdim=True)) * share
         second = (weighted * tokens).sum(1, keepdim=True) * rstd + (half * d_scale).sum(1, keepdim=True)
-        second = second * rstd / tokens.shape[1]
+        second = second * rstd * share
         slope, offset = a - second * rstd, b - first * rstd + second * rstd * mu
         own = _own(weight, rows, 1.0) + half.unsqueeze(2)
         d_x = g * (rstd.unsqueeze(2) * own) + rows * slope.unsqueeze(2) + offset.unsqueeze(2)
@@ -182,9 +182,10 @@ def _tanh(z: Tensor) -> Tensor:
 def _column_sum(x: Tensor) -> Tensor:
     """Of ``(*, C)`` along all but the last dimension: ``(C,)``.
 
-    In two steps, of which the first sums few rows: all the way down the columns, each load would meet another page.
+    In two steps, of which the first sums a few rows: all the way down the columns, each load would meet another page.
     """
-    size = 16 if _known(math.prod(x.shape[:-1]) % 16 == 0) else math.prod(x.shape[-2:-1])
+    rows = math.prod(x.shape[:-1])
+    size = next((n for n in (256, 64, 16) if _known(rows % n == 0)), math.prod(x.shape[-2:-1]))
     return x.view(-1, size, x.shape[-1]).sum(1).sum(0)
 
 

@@ -149,7 +149,7 @@ def test_inductor_joins_the_passes_over_tokens() -> None:
     from torch._inductor import config, metrics
 
     layer = speaking(ILMNorm(768, standardization=Standardization(layout="token")))
-    x = torch.randn(2, 32, 768, requires_grad=True)
+    x = torch.randn(8, 64, 768, requires_grad=True)
     torch._dynamo.reset()
     metrics.reset()
     with config.patch(force_disable_caches=True):
