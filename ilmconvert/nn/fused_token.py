@@ -15,7 +15,6 @@ is shown sums, which are ``C / K`` times the moments, and it is the encoder that
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,9 +26,6 @@ from ilmconvert.nn.gradients import differentiable, split_saved
 from ilmconvert.nn.kernels import moments, row_sums
 
 __all__ = ["token_ilm_norm"]
-
-_FEW = 16  # key groups below which matrix products over all tokens are slow
-_MANY = 2048  # tokens from which on their time is worth another layout
 
 
 def token_ilm_norm(x: Tensor, parameters: Parameters, config: Config) -> Tensor:
@@ -46,11 +42,10 @@ class _Token(torch.autograd.Function):
         (channels,) = config.shape
         tokens, rows = x.view(-1, channels), x.view(-1, channels // config.num_key_groups)
         mean, var, _ = moments(rows.view(len(tokens), config.num_key_groups, -1), 2, config.num_key_groups)
-        keys = _predict(key_features(var, mean, None, None), meta)
+        keys = Branches.of(key_features(var, mean, None, None), meta, _tanh)
         y, mu, rstd = torch.native_layer_norm(tokens, (channels,), weight, bias, config.how.eps)
-        for_scale, for_shift = keys.decoded.view(2, *mean.shape).unbind()
-        slope = for_scale * (rstd / 2)
-        offset = torch.addcmul(for_shift, slope, mu, value=-1)
+        slope = keys.decoded[0] * (rstd / 2)
+        offset = torch.addcmul(keys.decoded[1], slope, mu, value=-1)
         y.view_as(rows).addcmul_(rows, slope.view(-1, 1)).add_(offset.view(-1, 1))
         ctx.config = config
         ctx.save_for_backward(x, *tensors, mu, rstd, slope, *keys)
@@ -66,13 +61,13 @@ class _Token(torch.autograd.Function):
         tokens, rows = x.view(-1, channels), x.view(-1, channels // ctx.config.num_key_groups)
         g = grad.contiguous().view_as(tokens)
         d_scale, d_shift = _key_sums(g, tokens, mu, rstd / 2, ctx.config.num_key_groups)
-        d_features, *d_meta = _predict_backward(keys, d_scale, d_shift, encoder, 1 / rows.shape[1])
+        d_features, *d_meta = keys.backward(d_scale, d_shift, encoder, 1 / rows.shape[1])
         a, b = d_features.unbind()
         wanted = [True, weight is not None, bias is not None]
         d_x, d_weight, d_bias = torch.ops.aten.native_layer_norm_backward(
             g, tokens, (channels,), mu, rstd, weight, bias, wanted
         )
-        b = torch.addcmul(b, a.mul_(2), keys.features[1].view_as(a), value=-1)
+        b = torch.addcmul(b, a.mul_(2), keys.features[1], value=-1)
         first = (slope * d_shift).sum(1, keepdim=True) / channels
         second = (slope * d_scale).sum(1, keepdim=True) * (rstd * (2 / channels))
         b.add_(torch.addcmul(-first, second, mu))
@@ -101,8 +96,8 @@ class _Arithmetic(torch.autograd.Function):
         mean = sums / width
         power = (rows - mean.unsqueeze(2)).square().sum(2)
         encoder, *decoders = meta
-        keys = _predict(key_features(power, sums, None, None), (encoder / width, *decoders))
-        for_scale, for_shift = keys.decoded.view(2, *sums.shape, 1).unbind()
+        keys = Branches.of(key_features(power, sums, None, None), (encoder / width, *decoders), _tanh)
+        for_scale, for_shift = keys.decoded.unsqueeze(3).unbind()
         mu = sums.sum(1, keepdim=True) * share
         between = (mean - mu).square().sum(1, keepdim=True) * width
         rstd = torch.rsqrt((power.sum(1, keepdim=True) + between) * share + config.how.eps)
@@ -124,10 +119,10 @@ class _Arithmetic(torch.autograd.Function):
         flat = grad.reshape(tokens.shape)
         d_shift = g.sum(2)
         d_scale = ((g * rows).sum(2) - mu * d_shift) * rstd  # not of the centered input: then both sums are one loop
-        d_features, d_encoder, *d_decoders = _predict_backward(keys, d_scale * 0.5, d_shift, encoder / width, 1.0)
+        d_features, d_encoder, *d_decoders = keys.backward(d_scale * 0.5, d_shift, encoder / width, 1.0)
         a = d_features[0] * 2
-        b = torch.addcmul(d_features[1], a, keys.features[1].view_as(a) / width, value=-1)
-        half, weighted = keys.decoded[0].view_as(a) * 0.5, flat if weight is None else flat * weight
+        b = torch.addcmul(d_features[1], a, keys.features[1] / width, value=-1)
+        half, weighted = keys.decoded[0] * 0.5, flat if weight is None else flat * weight
         first = (weighted.sum(1, keepdim=True) + (half * d_shift).sum(1, keepdim=True)) * share
         second = (weighted * tokens).sum(1, keepdim=True) * rstd + (half * d_scale).sum(1, keepdim=True)
         second = second * rstd * share
@@ -137,41 +132,6 @@ class _Arithmetic(torch.autograd.Function):
         d_weight = None if weight is None else _column_sum((flat * tokens * rstd).view(x.shape))
         d_bias = None if bias is None else _column_sum(flat.view(x.shape))
         return d_x.view(x.shape), d_weight, d_bias, d_encoder / width, *d_decoders, None, None, None, None, None
-
-
-def _predict(features: Tensor, meta: Sequence[Tensor]) -> Branches:
-    """The predictor on ``(2, M, K)``; of many tokens with few key groups, on two side by side.
-
-    A matrix product with few columns takes its time from their number, not from their length.
-    """
-    _, tokens, keys = features.shape
-    if keys < _FEW and _known(tokens >= _MANY) and _known(tokens % 2 == 0):
-        features, meta = features.view(2, -1, 2 * keys), [_twice(weight) for weight in meta]
-    return Branches.of(features, meta, _tanh)
-
-
-def _predict_backward(
-    keys: Branches, d_scale: Tensor, d_shift: Tensor, encoder: Tensor, share: float
-) -> tuple[Tensor, ...]:
-    """:meth:`Branches.backward` of what :func:`_predict` returned."""
-    width = keys.features.shape[2]
-    if width == encoder.shape[1]:
-        return keys.backward(d_scale, d_shift, encoder, share)
-    d_features, *d_meta = keys.backward(d_scale.view(-1, width), d_shift.view(-1, width), _twice(encoder), share)
-    return d_features.view(2, *d_scale.shape), *map(_once, d_meta)
-
-
-def _twice(x: Tensor) -> Tensor:
-    """A matrix two times along the diagonal of one twice as large."""
-    rows, columns = x.shape
-    return x.expand(2, rows, columns).permute(1, 2, 0).diag_embed().permute(2, 0, 3, 1).reshape(2 * rows, 2 * columns)
-
-
-def _once(x: Tensor) -> Tensor:
-    """The gradient of a matrix from that of it :func:`_twice`."""
-    (first, _), (_, second) = (half.chunk(2, 1) for half in x.chunk(2))
-    total = first + second
-    return total.view(total.shape)  # which has a parameter's strides in dimensions of one
 
 
 def _tanh(z: Tensor) -> Tensor:
@@ -184,20 +144,13 @@ def _column_sum(x: Tensor) -> Tensor:
 
     In two steps, of which the first sums a few rows: all the way down the columns, each load would meet another page.
     """
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # brings sympy, a third of a second
+
     rows = math.prod(x.shape[:-1])
-    size = next((n for n in (256, 64, 16) if _known(rows % n == 0)), math.prod(x.shape[-2:-1]))
+    size = next((n for n in (256, 64, 16) if statically_known_true(rows % n == 0)), math.prod(x.shape[-2:-1]))
     return x.view(-1, size, x.shape[-1]).sum(1).sum(0)
 
 
 def _own(parameter: Tensor | None, rows: Tensor, default: float) -> Tensor | float:
     """A parameter as it meets ``(M, K, C / K)``."""
     return default if parameter is None else parameter.view(rows.shape[1:])
-
-
-def _known(condition: bool) -> bool:
-    """Whether it holds; of shapes that a compiler leaves open, whether it holds for all of them."""
-    if not torch.compiler.is_compiling():
-        return condition
-    from torch.fx.experimental.symbolic_shapes import statically_known_true  # brings sympy, a third of a second
-
-    return statically_known_true(condition)
