@@ -20,12 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ilmconvert.nn.branches import Branches
+from ilmconvert.nn.branches import Branches, JoinedBranches, side_by_side
 from ilmconvert.nn.functional import Config, Parameters, key_features
 from ilmconvert.nn.gradients import differentiable, split_saved
 from ilmconvert.nn.kernels import moments, row_sums
 
 __all__ = ["token_ilm_norm"]
+
+_FEW = 8  # key groups up to which their matrix products are joined, where a compiler joins what surrounds them
 
 
 def token_ilm_norm(x: Tensor, parameters: Parameters, config: Config) -> Tensor:
@@ -95,8 +97,11 @@ class _Arithmetic(torch.autograd.Function):
         sums = rows.sum(2)
         mean = sums / width
         power = (rows - mean.unsqueeze(2)).square().sum(2)
-        encoder, *decoders = meta
-        keys = Branches.of(key_features(power, sums, None, None), (encoder / width, *decoders), _tanh)
+        meta[0] = meta[0] / width
+        if config.num_key_groups <= _FEW:
+            keys: Branches | JoinedBranches = JoinedBranches.of(side_by_side(power, sums), meta, _tanh)
+        else:
+            keys = Branches.of(key_features(power, sums, None, None), meta, _tanh)
         for_scale, for_shift = keys.decoded.unsqueeze(3).unbind()
         mu = sums.sum(1, keepdim=True) * share
         between = (mean - mu).square().sum(1, keepdim=True) * width
@@ -112,19 +117,24 @@ class _Arithmetic(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         inputs, (mu, rstd, *kept) = split_saved(ctx.saved_tensors)
         x, weight, bias, encoder = inputs[:4]
-        keys, config = Branches(*kept), ctx.config
+        config = ctx.config
         share, width = 1 / config.shape[0], config.shape[0] // config.num_key_groups
         rows = x.view(-1, config.num_key_groups, width)
         g, tokens = grad.reshape(rows.shape), x.view(len(rows), -1) - mu
         flat = grad.reshape(tokens.shape)
         d_shift = g.sum(2)
-        d_scale = ((g * rows).sum(2) - mu * d_shift) * rstd  # not of the centered input: then both sums are one loop
-        d_features, d_encoder, *d_decoders = keys.backward(d_scale * 0.5, d_shift, encoder / width, 1.0)
+        if config.num_key_groups <= _FEW:
+            keys: Branches | JoinedBranches = JoinedBranches(*kept)
+            d_scale = (g * ((rows - mu.unsqueeze(2)) * (rstd * 0.5).unsqueeze(2))).sum(2)
+        else:
+            keys = Branches(*kept)
+            d_scale = ((g * rows).sum(2) - mu * d_shift) * (rstd * 0.5)  # centered, it would be one more loop here
+        d_features, d_encoder, *d_decoders = keys.backward(d_scale, d_shift, encoder / width, 1.0)
         a = d_features[0] * 2
         b = torch.addcmul(d_features[1], a, keys.features[1] / width, value=-1)
         half, weighted = keys.decoded[0] * 0.5, flat if weight is None else flat * weight
         first = (weighted.sum(1, keepdim=True) + (half * d_shift).sum(1, keepdim=True)) * share
-        second = (weighted * tokens).sum(1, keepdim=True) * rstd + (half * d_scale).sum(1, keepdim=True)
+        second = (weighted * tokens).sum(1, keepdim=True) * rstd + (keys.decoded[0] * d_scale).sum(1, keepdim=True)
         second = second * rstd * share
         slope, offset = a - second * rstd, b - first * rstd + second * rstd * mu
         own = _own(weight, rows, 1.0) + half.unsqueeze(2)

@@ -61,19 +61,21 @@ def test_one_graph_for_every_batch_size(kind: str) -> None:
 
 
 @pytest.mark.parametrize("dynamic", [True, None])
-@pytest.mark.parametrize("positions", [(1024,), (16,), (7,), ()], ids=str)  # 256 rows are summed at once, 16, 7, all
-def test_one_graph_for_tokens(positions: tuple[int, ...], dynamic: bool | None) -> None:
-    model = speaking(ILMNorm(48, standardization=Standardization(layout="token")))
-    compiled_once(model, [torch.randn(n, *positions, 48) for n in (6, 16, 33)], dynamic=dynamic)
+@pytest.mark.parametrize("shape", [(1024, 48), (16, 48), (7, 48), (48,), (16, 192)], ids=str)
+def test_one_graph_for_tokens(shape: tuple[int, ...], dynamic: bool | None) -> None:
+    """Of 256 rows summed at once, 16, 7, and all; and of few key groups, and many."""
+    model = speaking(ILMNorm(shape[-1], standardization=Standardization(layout="token")))
+    compiled_once(model, [torch.randn(n, *shape) for n in (6, 16, 33)], dynamic=dynamic)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("channels", [48, 192])
 @pytest.mark.parametrize("where", ["input", "gradient"])
-def test_other_tokens_do_not_feel_a_broken_one(where: str, compiled: bool) -> None:
+def test_other_tokens_do_not_feel_a_broken_one(where: str, channels: int, compiled: bool) -> None:
     torch._dynamo.reset()
-    layer = speaking(ILMNorm(48, standardization=Standardization(layout="token")))
+    layer = speaking(ILMNorm(channels, standardization=Standardization(layout="token")))
     forward = torch.compile(layer, backend="aot_eager") if compiled else layer
-    x, grad = torch.randn(4096, 48), torch.randn(4096, 48)
+    x, grad = torch.randn(4096, channels), torch.randn(4096, channels)
     results = []
     for factor in (1.0, float("nan")):
         (x if where == "input" else grad)[0] *= factor

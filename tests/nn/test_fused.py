@@ -34,6 +34,7 @@ CASES = {
     "token": ((3, 7, 48), {"standardization": TOKEN}),
     "token without bias": ((3, 7, 48), {"standardization": TOKEN, "bias": False}),
     "token without affine": ((3, 7, 48), {"standardization": TOKEN, "weight": False, "bias": False}),
+    "token, many key groups": ((3, 7, 48), {"standardization": TOKEN, "num_key_groups": 12}),
     "one token": ((32,), {"standardization": TOKEN}),
     "position": ((2, 48, 5, 4), {"standardization": Standardization(layout="position")}),
 }
@@ -60,7 +61,8 @@ def live(case: str, dtype: torch.dtype = torch.float64) -> tuple[ILMNorm, Tensor
     """A layer whose decoders speak, and an input."""
     shape, arguments = CASES[case]
     token = arguments.get("standardization") is TOKEN
-    layer = ILMNorm(shape[-1] if token else shape[1], num_key_groups=2, hidden_features=4, dtype=dtype, **arguments)
+    sizes = {"num_key_groups": 2, "hidden_features": 4} | arguments
+    layer = ILMNorm(shape[-1] if token else shape[1], dtype=dtype, **sizes)
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.7)
     if arguments.get("standardized_keys"):
@@ -256,7 +258,16 @@ def test_no_more_is_saved_for_backward_than_group_norm_saves(
 
 
 @pytest.mark.parametrize(
-    "case", ["group", "gains", "group, channels_last", "token", "token without affine", "position"]
+    "case",
+    [
+        "group",
+        "gains",
+        "group, channels_last",
+        "token",
+        "token without affine",
+        "token, many key groups",
+        "position",
+    ],
 )
 def test_compiled_layers_are_equal(case: str) -> None:
     """Through autograd as inductor sees it; :mod:`benchmarks.speed` runs inductor itself."""
@@ -330,20 +341,27 @@ def test_an_empty_batch_gives_gradients_of_zeros() -> None:
     assert all(p.grad is not None and not p.grad.any() for p in layer.parameters())
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(
     ("arguments", "shape"),
     [
         ({"num_features": 32, "num_groups": 1, "num_key_groups": 1, "hidden_features": 2}, (3, 32, 6, 5)),
         ({"num_features": 32, "num_groups": 2, "num_key_groups": 2, "hidden_features": 1}, (3, 32, 6, 5)),
-        ({"num_features": 384, "standardization": Standardization(layout="token"), "hidden_features": 1}, (3, 7, 384)),
+        ({"num_features": 384, "standardization": TOKEN, "hidden_features": 1}, (3, 7, 384)),
+        ({"num_features": 96, "standardization": TOKEN, "hidden_features": 1}, (3, 7, 96)),
+        ({"num_features": 16, "standardization": TOKEN, "num_key_groups": 1}, (3, 7, 16)),
     ],
-    ids=["one key group", "a narrow embedding", "tokens"],
+    ids=["one key group", "a narrow embedding", "tokens", "tokens of few key groups", "tokens of one key group"],
 )
-def test_gradients_have_the_strides_of_their_parameters(arguments: dict[str, Any], shape: tuple[int, ...]) -> None:
+def test_gradients_have_the_strides_of_their_parameters(
+    arguments: dict[str, Any], shape: tuple[int, ...], compiled: bool
+) -> None:
     """Those with dimensions of one too: the buckets of DDP ask for them."""
-    channels = arguments.pop("num_features")
-    layer = ILMNorm(channels, **arguments)
-    layer(torch.randn(shape)).sum().backward()
+    sizes = dict(arguments)
+    layer = ILMNorm(sizes.pop("num_features"), **sizes)
+    torch._dynamo.reset()
+    forward = torch.compile(layer, backend="aot_eager") if compiled else layer
+    forward(torch.randn(shape)).sum().backward()
     assert {n: p.grad.stride() for n, p in layer.named_parameters()} == {
         n: p.stride() for n, p in layer.named_parameters()
     }
