@@ -14,7 +14,10 @@ from PIL import Image
 import ilmconvert
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "docs" / name for name in ("getting-started.md", "calibration.md", "diff.md")]
+PAGES = [
+    ROOT / "docs" / "calibration.md",
+    *(pytest.param(ROOT / "docs" / name, marks=pytest.mark.slow) for name in ("getting-started.md", "diff.md")),
+]
 
 
 def console_steps(page: Path) -> list[tuple[str, str]]:

@@ -312,8 +312,17 @@ def test_a_norm_run_by_its_bound_method_is_no_idle_one() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # the exporters' own
-@pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "older"])
-@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext"])
+@pytest.mark.parametrize(
+    ("name", "dynamo"),
+    [
+        ("test_resnet", True),
+        pytest.param("test_vit", True, marks=pytest.mark.slow),
+        pytest.param("test_convnext", True, marks=pytest.mark.slow),
+        ("test_resnet", False),
+        ("test_vit", False),
+        ("test_convnext", False),
+    ],
+)
 def test_onnx_gives_the_same(name: str, dynamo: bool, tmp_path: Path) -> None:
     """The layouts of samples, tokens and positions, in onnxruntime."""
     onnxruntime = pytest.importorskip("onnxruntime")

@@ -27,7 +27,11 @@ LOOK = "import importlib.util; importlib.util.find_spec('timm')"  # as transform
 
 @pytest.mark.parametrize(
     "imports",
-    ["import ilmconvert, timm", "import timm, ilmconvert", f"import ilmconvert; {LOOK}; import timm"],
+    [
+        "import ilmconvert, timm",
+        pytest.param("import timm, ilmconvert", marks=pytest.mark.slow),
+        pytest.param(f"import ilmconvert; {LOOK}; import timm", marks=pytest.mark.slow),
+    ],
 )
 def test_in_a_fresh_interpreter(folder: Path, imports: str) -> None:
     code = (

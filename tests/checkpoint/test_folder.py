@@ -46,8 +46,8 @@ def outputs_in_a_new_process(folder: Path, x: torch.Tensor, tmp_path: Path) -> t
     ("name", "args", "options"),
     [
         ("test_efficientnet", {"num_classes": 7, "in_chans": 1}, {"bn_to": "group", "group_size": 8, "gains": True}),
-        ("test_vit", {"img_size": 96}, {}),
-        ("test_resnet", {}, {"mode": "paper", "exclude": "bn1"}),
+        pytest.param("test_vit", {"img_size": 96}, {}, marks=pytest.mark.slow),
+        pytest.param("test_resnet", {}, {"mode": "paper", "exclude": "bn1"}, marks=pytest.mark.slow),
     ],
 )
 def test_equal_bit_for_bit_in_a_new_process(name: str, args: dict, options: dict, tmp_path: Path) -> None:

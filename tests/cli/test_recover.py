@@ -116,6 +116,7 @@ def test_labels_leave_nothing_for_a_teacher(option: list[str], message: str, cap
     assert not Path("out").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(capsys: Output) -> None:
     convert()
     arguments = ["recover", "ilm", "--images", "images", "--steps", "12", "--evaluate-every", "3", *QUICK]
@@ -141,7 +142,9 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(capsys: Output) -> None
     assert not Path("broken.run").exists()
 
 
-@pytest.mark.parametrize(("ended_by", "code"), [(signal.SIGINT, 1), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("ended_by", "code"), [pytest.param(signal.SIGINT, 1, marks=pytest.mark.slow), (signal.SIGTERM, 143)]
+)
 def test_a_run_belongs_to_one_process(
     ended_by: signal.Signals,
     code: int,

@@ -127,6 +127,7 @@ def work(what: str) -> str:
     return what.upper()
 
 
+@pytest.mark.slow
 def test_a_killed_or_late_worker_loses_one_task() -> None:
     running: list[list[str]] = []
     tasks = ["a", "die", "b", "sleep", "c", "hoard"]
@@ -143,6 +144,7 @@ def test_a_killed_or_late_worker_loses_one_task() -> None:
     assert ["a", "die"] in running
 
 
+@pytest.mark.slow
 def test_survey_is_resumed(tmp_path: Path) -> None:
     file = tmp_path / "survey.jsonl"
     options = SurveyOptions(patterns=("test_vit", "test_mambaout"), jobs=2)
@@ -199,6 +201,7 @@ def wait_for(holds: Callable[[], bool], seconds: float) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_failed_models_are_run_again_on_resume(tmp_path: Path) -> None:
     file = tmp_path / "survey.jsonl"
     append(file, [Record("timm", "test_vit", "meta", "lost", reason="killed")])
@@ -272,11 +275,11 @@ def test_libraries_name_their_models() -> None:
     ("source", "name"),
     [
         ("torchvision", "resnet18"),
-        ("torchvision", "raft_small"),
+        pytest.param("torchvision", "raft_small", marks=pytest.mark.slow),
         ("torchvision", "mc3_18"),
-        ("torchvision", "regnet_x_400mf"),
-        ("torchvision", "lraspp_mobilenet_v3_large"),
-        ("torchvision", "quantized_mobilenet_v3_large"),
+        pytest.param("torchvision", "regnet_x_400mf", marks=pytest.mark.slow),
+        pytest.param("torchvision", "lraspp_mobilenet_v3_large", marks=pytest.mark.slow),
+        pytest.param("torchvision", "quantized_mobilenet_v3_large", marks=pytest.mark.slow),
         ("torchvision", "ssdlite320_mobilenet_v3_large"),
         ("transformers", "vit"),
         ("transformers", "swin"),
