@@ -158,14 +158,20 @@ def test_a_run_belongs_to_one_process(
     convert()
     arguments = ["recover", "ilm", "--images", "images", *QUICK, "-o", "out"]
     command = [sys.executable, "-m", "ilmconvert", *arguments, "--steps", "100000", "--evaluate-every", "2"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what runs in the background ignores it
+    )
     while not Path("out.run/checkpoint.safetensors").exists():
         assert process.poll() is None
         time.sleep(0.01)
     assert main([*arguments, "--steps", "100000", "--evaluate-every", "2", "--resume"]) == 2
     assert "another process works on it" in capsys.readouterr().err
     process.send_signal(ended_by)
-    _, err = process.communicate()
+    _, err = process.communicate(timeout=120)
     assert process.returncode == code
     assert "it goes on with --resume" in err
     assert not list(temporary.glob("*.lock"))
