@@ -1,4 +1,4 @@
-"""The predictor in the fused paths: its branches for scale and shift as one batch of two, forward and backward.
+"""The predictor in the fused paths: its branches for scale and shift as a batch of two or one network, both ways.
 
 Between two convolutions nothing of a small operation is in any cache, and what a layer costs is then the number of
 *kinds* of operation it uses rather than their size. So both branches go through the same few: matrix products, sums and

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
+
 import pytest
 import timm
 import torch
-from torch import Tensor, nn
+from functorch.compile import make_boxed_func
+from torch import Tensor, fx, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import ilmconvert
@@ -84,6 +89,22 @@ def test_other_tokens_do_not_feel_a_broken_one(where: str, channels: int, compil
         results.append((y, torch.autograd.grad(y, values, grad)[0]))
     for clean, found in zip(*results, strict=True):
         assert relative(found[1:], clean[1:]) < 1e-6
+
+
+@pytest.mark.parametrize(("channels", "products"), [(96, {"mm": 6}), (192, {"bmm": 5, "baddbmm": 1})])
+def test_few_key_groups_take_one_product_for_both_branches(channels: int, products: dict[str, int]) -> None:
+    """Two forward and four backward."""
+    found: Counter[str] = Counter()
+
+    def count(graph: fx.GraphModule, _: object) -> Callable[..., object]:
+        found.update(n.target.__name__.partition(".")[0] for n in graph.graph.nodes if n.op == "call_function")
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    layer = ILMNorm(channels, standardization=Standardization(layout="token"))
+    compiled = torch.compile(layer, backend=aot_autograd(fw_compiler=count), fullgraph=True)
+    compiled(torch.randn(7, channels, requires_grad=True)).sum().backward()
+    assert {name: found[name] for name in ("mm", "bmm", "baddbmm") if found[name]} == products
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at it, whatever the input
