@@ -315,9 +315,7 @@ def test_a_norm_run_by_its_bound_method_is_no_idle_one() -> None:
 @pytest.mark.parametrize(
     ("name", "dynamo"),
     [
-        ("test_resnet", True),
-        pytest.param("test_vit", True, marks=pytest.mark.slow),
-        pytest.param("test_convnext", True, marks=pytest.mark.slow),
+        *(pytest.param(name, True, marks=pytest.mark.slow) for name in ("test_resnet", "test_vit", "test_convnext")),
         ("test_resnet", False),
         ("test_vit", False),
         ("test_convnext", False),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from ilmconvert.comparison.calls import Call, Calls, read_calls, taken_whole
@@ -11,6 +12,7 @@ from ilmconvert.comparison.counts import Counted, count
 from ilmconvert.comparison.describe import attributes, names_of_tensors, role_of, tensors_of
 from ilmconvert.comparison.nodes import ModelGraph, Node, Totals
 from ilmconvert.graph.inputs import Inputs
+from ilmconvert.graph.meta import MetaMode
 from ilmconvert.graph.shadow import fake_mode, refuse_opaque, shadow
 from ilmconvert.norms import class_name
 
@@ -29,10 +31,10 @@ def read_model(model: nn.Module, inputs: Inputs | None = None, *, name: str | No
         ModelError: a lazy or scripted model, or one that cannot be copied.
     """
     refuse_opaque(model)
-    mode = fake_mode()
-    copy = shadow(model, mode).eval()
+    mode = None if inputs is None else fake_mode()
+    copy = shadow(model, mode or MetaMode(torch.device("cpu"))).eval()  # to be traced alone, it need not know a device
     nodes = _Tree(copy).nodes()
-    counted = Counted() if inputs is None else count(copy, inputs, mode)
+    counted = Counted() if inputs is None or mode is None else count(copy, inputs, mode)
     nodes = [replace(n, output_shapes=counted.shapes.get(n.path, ())) for n in nodes]
     whole = {n.path for n in nodes if n.kind == "module"}
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()

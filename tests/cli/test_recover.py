@@ -142,9 +142,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(capsys: Output) -> None
     assert not Path("broken.run").exists()
 
 
-@pytest.mark.parametrize(
-    ("ended_by", "code"), [pytest.param(signal.SIGINT, 1, marks=pytest.mark.slow), (signal.SIGTERM, 143)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("ended_by", "code"), [(signal.SIGINT, 1), (signal.SIGTERM, 143)])
 def test_a_run_belongs_to_one_process(
     ended_by: signal.Signals,
     code: int,

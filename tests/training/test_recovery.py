@@ -227,18 +227,19 @@ def test_candidates_are_compared_by_agreement_then_kl() -> None:
 
 def test_a_broken_off_run_takes_the_same_course(teacher: nn.Module, student: nn.Module, tmp_path: Path) -> None:
     student[2].auxiliary = nn.Linear(3, 3)  # a head that the answers do not depend on gets no gradient
-    whole = ilmconvert.recover(teacher, student, images(60), **SHORT)
+    short = SHORT | {"steps": 30, "evaluate_every": 10}
+    whole = ilmconvert.recover(teacher, student, images(60), **short)
 
     class Killed(Exception):  # noqa: N818
         pass
 
     def kill(what: str, done: int, total: int) -> None:
-        if done == 50:
+        if done == 25:
             raise Killed
 
     with pytest.raises(Killed):
-        ilmconvert.recover(teacher, student, images(60), run_folder=tmp_path, progress=kill, **SHORT)
-    again = ilmconvert.recover(teacher, student, images(60), run_folder=tmp_path, resume=True, **SHORT)
+        ilmconvert.recover(teacher, student, images(60), run_folder=tmp_path, progress=kill, **short)
+    again = ilmconvert.recover(teacher, student, images(60), run_folder=tmp_path, resume=True, **short)
     assert same_state(again.model, whole.model)
     a, b = ([{**e.to_dict(), "seconds": 0} for e in r.report.evaluations] for r in (again, whole))
     assert a == b
@@ -250,7 +251,7 @@ def test_a_broken_off_run_takes_the_same_course(teacher: nn.Module, student: nn.
         ({"original": another(teacher)}, "differs in original"),
         ({"converted": another(student)}, "differs in converted"),
     ):
-        given = {"original": teacher, "converted": student, "images": images(60)} | SHORT | wrong
+        given = {"original": teacher, "converted": student, "images": images(60)} | short | wrong
         with pytest.raises(CheckpointError, match=message):
             ilmconvert.recover(**given, run_folder=tmp_path, resume=True)
 
