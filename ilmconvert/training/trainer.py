@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ilmconvert.disk import writing
 from ilmconvert.errors import CheckpointError, ModelError
 from ilmconvert.fingerprint import fingerprint
 from ilmconvert.finite import why_not_finite
@@ -185,7 +186,8 @@ class Trainer:
         main = self._accelerator.is_main_process
         write_state(folder, self._model, optimizer, self._best, progress, main=main)
         if main:
-            (folder / JOURNAL).write_text(to_jsonl(self._evaluations), encoding="utf-8")
+            with writing(folder):
+                (folder / JOURNAL).write_text(to_jsonl(self._evaluations), encoding="utf-8")
 
     def _result(self) -> Recovery:
         model = copy_model(self._converted)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset, TensorDataset
 
 import ilmconvert
-from ilmconvert.errors import CheckpointError, ModelError, UsageError
+from ilmconvert.errors import CheckpointError, IlmconvertError, ModelError, UsageError
 from ilmconvert.metrics import Comparison, Similarity, kl_divergence
 from ilmconvert.nn import ILMNorm
 from ilmconvert.training import Evaluation
@@ -223,6 +223,12 @@ def test_candidates_are_compared_by_agreement_then_kl() -> None:
 
     ordered = [at(0.5, math.nan), at(0.5, 2.0), at(0.5, 1.0), at(0.6, 3.0)]
     assert sorted([ordered[i] for i in (2, 0, 3, 1)], key=lambda e: e.merit) == ordered
+
+
+def test_a_journal_that_cannot_be_written_is_one_error(teacher: nn.Module, student: nn.Module, tmp_path: Path) -> None:
+    (tmp_path / "recover.jsonl").mkdir()
+    with pytest.raises(IlmconvertError, match=r"cannot write in .*: Is a directory"):
+        ilmconvert.recover(teacher, student, images(60), run_folder=tmp_path, steps=1)
 
 
 def test_a_broken_off_run_takes_the_same_course(teacher: nn.Module, student: nn.Module, tmp_path: Path) -> None:
