@@ -170,7 +170,6 @@ class Conversion:
         return save(self, path, factory=factory, model_args=model_args, force=force)
 
 
-@collector_paused()
 def inspect(
     model: nn.Module, options: ConvertOptions | None = None, *, example_inputs: Any = None, **fields: Any
 ) -> Report:
@@ -194,13 +193,7 @@ def inspect(
         >>> [(d.path, d.norm, d.action) for d in report.plan.decisions]
         [('1', 'BatchNorm2d', 'convert')]
     """
-    given: object = model
-    if not isinstance(given, nn.Module):
-        got = repr(given) if isinstance(given, (str, type)) else type(given).__name__
-        raise UsageError(f"expected a torch.nn.Module, got {got}; build it first (timm.create_model(name))")
-    wanted = ConvertOptions.of(options, fields)
-    search = find_sites(model, resolve_inputs(model, example_inputs, make=torch.empty))
-    plan = make_plan(search, wanted, type(model).__name__)
+    plan = _plan(model, options, example_inputs, fields)
     norms = {d.path: get_module(model, d.path) for d in plan.converted if d.site.call is None}
     return Report.of(plan, size_of(model), norms)
 
@@ -239,8 +232,7 @@ def convert(
         >>> len(conversion.report.converted), conversion.report.skipped
         (1, ())
     """
-    report = inspect(model, options, example_inputs=example_inputs, **fields)
-    return _carry_out(model, report, progress)
+    return _carry_out(model, _plan(model, options, example_inputs, fields), progress)
 
 
 def convert_(
@@ -266,10 +258,10 @@ def convert_(
         >>> conversion.model is model, type(model[1]).__name__
         (True, 'ILMNorm')
     """
-    report = inspect(model, options, example_inputs=example_inputs, **fields)
-    if any("" in decision.site.paths for decision in report.converted):
+    plan = _plan(model, options, example_inputs, fields)
+    if any("" in decision.site.paths for decision in plan.converted):
         raise UsageError(f"expected a model with norms in it, got a {type(model).__name__}; use ilmconvert.convert")
-    return _carry_out(model, report, progress, in_place=True)
+    return _carry_out(model, plan, progress, in_place=True)
 
 
 def apply_plan(model: nn.Module, plan: Plan, *, progress: Progress | None = None) -> Conversion:
@@ -293,13 +285,24 @@ def apply_plan(model: nn.Module, plan: Plan, *, progress: Progress | None = None
     """
     if not isinstance(plan, Plan):
         raise UsageError(f"expected a Plan (Plan.from_json reads one), got {type(plan).__name__}")
-    return _carry_out(model, Report(plan, size_of(model)), progress)
+    return _carry_out(model, plan, progress)
+
+
+@collector_paused()
+def _plan(model: nn.Module, options: ConvertOptions | None, example_inputs: Any, fields: dict[str, Any]) -> Plan:
+    given: object = model
+    if not isinstance(given, nn.Module):
+        got = repr(given) if isinstance(given, (str, type)) else type(given).__name__
+        raise UsageError(f"expected a torch.nn.Module, got {got}; build it first (timm.create_model(name))")
+    wanted = ConvertOptions.of(options, fields)
+    search = find_sites(model, resolve_inputs(model, example_inputs, make=torch.empty))
+    return make_plan(search, wanted, type(model).__name__)
 
 
 @torch.inference_mode(False)  # inference tensors could not be trained
 @collector_paused()
-def _carry_out(model: nn.Module, report: Report, progress: Progress | None, *, in_place: bool = False) -> Conversion:
-    done, total = 0, len(report.converted)
+def _carry_out(model: nn.Module, plan: Plan, progress: Progress | None, *, in_place: bool = False) -> Conversion:
+    done, total, parameters = 0, len(plan.converted), size_of(model)
 
     def step(decision: object) -> None:
         nonlocal done
@@ -307,8 +310,8 @@ def _carry_out(model: nn.Module, report: Report, progress: Progress | None, *, i
         if progress is not None:
             progress("converting", done, total)
 
-    converted, originals = rewrite(model, report.plan, in_place=in_place, on_site=step)
-    told = Report.of(report.plan, report.parameters, originals)
+    converted, originals = rewrite(model, plan, in_place=in_place, on_site=step)
+    told = Report.of(plan, parameters, originals)
     return Conversion(converted, told, originals, Source.of(model), _fingerprint(converted), size_of(converted))
 
 

@@ -99,9 +99,12 @@ class ILMNorm(nn.Module):
         self.normalized_shape = (num_channels,) if isinstance(num_channels, int) else tuple(num_channels)
         how = Standardization(unbiased=mode == "paper") if standardization is None else standardization
         self.standardization = how
-        default = nearest_groups(self.num_channels, 32) if how.layout == "sample" else 1
-        self.num_groups = self._divisor("num_groups", num_groups, default)
-        self.num_key_groups = self._divisor("num_key_groups", num_key_groups, key_groups(self.num_channels))
+        if num_groups is None:
+            num_groups = nearest_groups(self.num_channels, 32) if how.layout == "sample" else 1
+        if num_key_groups is None:
+            num_key_groups = key_groups(self.num_channels)
+        self.num_groups = self._divisor("num_groups", num_groups)
+        self.num_key_groups = self._divisor("num_key_groups", num_key_groups)
         grouped = 1 < self.num_groups < self.num_channels
         default_hidden = bottleneck(self.num_key_groups, mode=mode, grouped=grouped)
         self.hidden_features = default_hidden if hidden_features is None else hidden_features
@@ -123,9 +126,7 @@ class ILMNorm(nn.Module):
         self.shift_gain = _parameter(shape, gains, device, dtype)
         self.reset_parameters()
 
-    def _divisor(self, name: str, value: int | None, default: int) -> int:
-        if value is None:
-            return default
+    def _divisor(self, name: str, value: int) -> int:
         if value < 1 or self.num_channels % value:
             near = nearest_groups(self.num_channels, max(value, 1))
             raise ValueError(

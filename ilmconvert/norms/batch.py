@@ -94,8 +94,8 @@ class Batch(NormHandler):
         if (known := _statistics(module, num_groups, self.eps_of(module))) is None:
             return gamma, beta
         a, deviation, center, mean = known
-        shift = a * (center - mean) + (0.0 if beta is None else beta.detach().double())
-        return a * deviation, shift
+        shift = (a * (center - mean)).flatten()
+        return (a * deviation).flatten(), shift if beta is None else shift + beta.detach().double()
 
     @torch.no_grad()
     def set_predictor_(self, module: nn.Module, layer: ILMNorm) -> None:
@@ -106,17 +106,16 @@ class Batch(NormHandler):
         if known is None or not fits or layer.mode == "paper" or predictor.key_center is None:
             return
         a, deviation, center, _ = known
-        size = layer.num_channels // groups
-        largest = (a * deviation).abs().nan_to_num(0.0, 0.0).view(groups, size).amax(1).repeat_interleave(size)
+        largest = (a * deviation).abs().nan_to_num(0.0, 0.0).amax(1, keepdim=True)
         limit = torch.finfo(layer.scale_gain.dtype).max / 4 if layer.scale_gain is not None else math.inf
         reach = deviation * (limit / largest).clamp(max=REACH)  # half precision would not hold every gain
-        per_group = slice(None, None, size)
         predictor.detect()
-        predictor.key_center.copy_(torch.stack((deviation, center))[:, per_group])
-        predictor.key_scale.copy_(reach[per_group].expand(2, -1))  # type: ignore[union-attr]
+        predictor.key_center.copy_(torch.cat((deviation, center), 1).T)
+        predictor.key_scale.copy_(reach.T.expand(2, -1))  # type: ignore[union-attr]
         if layer.scale_gain is not None and layer.shift_gain is not None:
-            layer.scale_gain.copy_(2 * a * reach)
-            layer.shift_gain.copy_(a * reach)
+            gain = (a * reach).flatten()
+            layer.scale_gain.copy_(2 * gain)
+            layer.shift_gain.copy_(gain)
 
 
 def is_untrained(module: nn.Module) -> bool:
@@ -134,19 +133,20 @@ def _running(module: nn.Module) -> tuple[Tensor, Tensor] | None:
 
 
 def _statistics(module: nn.Module, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """The slope ``a``, the group's expected deviation and mean, and the running mean, each per channel in float64."""
+    """The slope ``a``, the group's expected deviation and mean, and the running mean, in float64.
+
+    Slope and running mean are ``(groups, channels)``, deviation and mean ``(groups, 1)``.
+    """
     if (running := _running(module)) is None:
         return None
     gamma = getattr(module, "weight", None)
-    mean, var = (t.detach().double() for t in running)
-    a = (1.0 if gamma is None else gamma.detach().double()) * torch.rsqrt(var + eps)
-    known = (mean.isfinite() & var.isfinite()).view(groups, -1)  # a broken channel must not spoil the others
-
-    def average(values: Tensor) -> Tensor:
-        return torch.where(known, values.view(groups, -1), 0.0).sum(1) / known.sum(1).clamp_min(1)
-
-    size = len(mean) // groups
-    center = average(mean)
-    spread = average((mean - center.repeat_interleave(size)).square())
-    deviation = (average(var) + spread + eps).sqrt()
-    return a, deviation.repeat_interleave(size), center.repeat_interleave(size), mean
+    both = torch.stack(running).detach().double().view(2, groups, -1)
+    mean, var = both.unbind()
+    a = torch.rsqrt(var + eps)
+    a = a if gamma is None else gamma.detach().double().view_as(a) * a
+    known = both.isfinite().all(0)  # a broken channel must not spoil the others
+    count = known.sum(1, keepdim=True).clamp_min(1)
+    center, within = (torch.where(known, both, 0.0).sum(2, keepdim=True) / count).unbind()
+    between = torch.where(known, (mean - center).square(), 0.0).sum(1, keepdim=True) / count
+    deviation = (within + between + eps).sqrt()
+    return a, deviation, center, mean
