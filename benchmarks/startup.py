@@ -37,7 +37,7 @@ def starting(flag: str) -> dict[str, object]:
 
 def converting(name: str) -> dict[str, object]:
     model = timm.create_model(name)
-    ratio, _ = interleaved([lambda: ilmconvert.convert(model), lambda: timm.create_model(name)], runs=7, warmup=1)
+    ratio, _ = interleaved([lambda: ilmconvert.convert(model), lambda: timm.create_model(name)], runs=15, warmup=1)
     return row(f"convert({name})", "building it", ratio)
 
 
