@@ -31,10 +31,10 @@ def read_model(model: nn.Module, inputs: Inputs | None = None, *, name: str | No
         ModelError: a lazy or scripted model, or one that cannot be copied.
     """
     refuse_opaque(model)
-    mode = None if inputs is None else fake_mode()
-    copy = shadow(model, mode or MetaMode(torch.device("cpu"))).eval()  # to be traced alone, it need not know a device
+    fake, meta = fake_mode(), MetaMode(torch.device("cpu"))  # what is traced alone need not know a device
+    copy = shadow(model, meta if inputs is None else fake).eval()
     nodes = _Tree(copy).nodes()
-    counted = Counted() if inputs is None or mode is None else count(copy, inputs, mode)
+    counted = Counted() if inputs is None else count(copy, inputs, fake)
     nodes = [replace(n, output_shapes=counted.shapes.get(n.path, ())) for n in nodes]
     whole = {n.path for n in nodes if n.kind == "module"}
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()

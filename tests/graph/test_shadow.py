@@ -24,6 +24,9 @@ class Shares(nn.Module):
         self.norm.running_mean = whole[:3]
         self.held = [whole]
         self.weight = nn.Parameter(torch.ones(2))
+        first = torch.zeros(2, 3)
+        self.register_buffer("first", first)
+        self.register_buffer("flat", first.view(6))
         self.register_buffer("transposed", torch.randn(3, 4).T)
         self.register_buffer("conjugate", torch.randn(2, dtype=torch.complex64).conj())
         self.register_buffer("empty", torch.empty(0))
@@ -46,6 +49,8 @@ def test_copies_share_memory_as_the_model_does() -> None:
         assert named["again"] is whole is copied.held[0]
         assert named["marked"].note == "kept"
         whole += 100
+        named["first"][1, 2] = 7
+        assert named["flat"].tolist() == [0, 0, 0, 0, 0, 7]
         shared = (named["part"], torch.arange(103.0, 107.0)), (named["norm.running_mean"], torch.arange(100.0, 103.0))
         for tensor, expected in (*shared, (named["matrix"], torch.arange(100.0, 112.0).view(3, 4))):
             assert torch.equal(tensor, expected)
